@@ -1,0 +1,1 @@
+"""The trio shell: everything that waits, and the one place where sockets are used."""

@@ -1,0 +1,1 @@
+"""Sans-io protocols: bytes and events in, bytes and events out."""

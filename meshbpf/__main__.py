@@ -1,0 +1,5 @@
+"""`python -m meshbpf` is the `meshbpf` command."""
+
+from meshbpf.cli.main import main
+
+main()
