@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every verb of the project. `./dev VERB` is `make VERB` on a machine that may
+# not have make yet. Outside binaries are always named: make bench ZTUNNEL=PATH.
+SHELL := /bin/sh
+PY := .venv/bin/python
+export ZTUNNEL
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types unit bpf netns peers slow bench fresh-test check clean
+
+help:  ## list the verbs
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup:  ## install what is missing: Debian packages, venv, bcc link, headers
+	@tools/setup
+
+demo: setup  ## the main job on two nodes made of network namespaces
+	@$(PY) -m tests.demo
+
+test:  ## every check and test, with the seconds of each stage
+	@tools/run-tests
+
+lint:  ## style, imports, file sizes, shell scripts
+	@tools/lint
+
+types:  ## mypy, strict
+	@.venv/bin/mypy
+
+unit:  ## tests that need no kernel feature
+	@$(PY) -m pytest tests/unit tests/playbook tests/cli
+
+bpf:  ## the BPF programs on this kernel
+	@$(PY) -m pytest -m "root and not slow" tests/bpf
+
+netns:  ## whole agents in network namespaces
+	@$(PY) -m pytest -m "netns and not slow" tests/netns
+
+peers:  ## programs that are not ours against our HBONE (ZTUNNEL=PATH adds ztunnel)
+	@$(PY) -m pytest -m peer tests/peers
+
+slow:  ## the long cases: gigabytes, thousands of streams, leak rounds
+	@$(PY) -m pytest -m slow tests
+
+bench: setup  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by side
+	@$(PY) -m tests.bench
+
+fresh-test:  ## demo and tests, twice each, in a minimal Debian 12 under systemd-nspawn
+	@tools/fresh-test
+
+check: setup  ## what this kernel can do for meshbpf
+	@.venv/bin/meshbpf check
+
+clean:  ## remove the venv and everything generated
+	rm -rf .venv build dist meshbpf.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
