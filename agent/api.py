@@ -1,0 +1,423 @@
+"""The control schema: what the agent and the CLI say to each other.
+
+One JSON object a line over the unix socket `<state-dir>/control.sock`:
+
+    {"verb": "attach", "args": {"pod": "web/a", "netns": "pod-a"}}
+    {"ok": true, "result": {...}}
+    {"ok": false, "error": {"code": "...", "what": "...", "hint": "...", "exit_status": 1}}
+
+Every verb is one `Request` subclass, which names its verb and the type of its
+result; `REQUESTS` finds the class by verb. The same result Structs are what
+`-o json` and `-o yaml` print, so their field names are an interface. Times
+are aware datetimes in UTC (RFC 3339 on the wire), durations are in seconds.
+
+Requests refuse unknown fields (a typing error must not be ignored); results
+accept them (a CLI may talk to a newer agent).
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import ClassVar, Generic, Literal, TypeVar
+
+import msgspec
+
+API_VERSION = "meshbpf/v1"
+CONTROL_SOCKET = "control.sock"
+"""Name of the control socket inside the state directory."""
+MAX_REQUEST_BYTES = 64 * 1024
+"""A request line longer than this is refused: the largest real one (attach
+with a long list of exempt CIDRs) has a few kilobytes."""
+
+OnAgentDownName = Literal["closed", "open"]
+R = TypeVar("R")
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of what an agent answers."""
+
+
+class Request(msgspec.Struct, Generic[R], frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of what a client asks; `R` is the type of the answer."""
+
+    VERB: ClassVar[str]
+    RESULT: ClassVar[type[Result]]
+
+
+# --- envelope ---------------------------------------------------------------
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """A MeshbpfError on the wire."""
+
+    code: str
+    what: str
+    hint: str = ""
+    exit_status: int = 1
+
+
+class RequestEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One request line."""
+
+    verb: str
+    args: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class ReplyEnvelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One reply line: `result` when `ok`, else `error`."""
+
+    ok: bool
+    result: msgspec.Raw = msgspec.Raw(b"")
+    error: ErrorBody | None = None
+
+
+# --- status -----------------------------------------------------------------
+
+
+class StateSourceInfo(Result, frozen=True):
+    """Where the mesh state comes from and how the last read of it went."""
+
+    kind: Literal["local-xds"]
+    origin: str
+    healthy: bool
+    """The source can be read; the outside-the-mesh lease is extended only then."""
+    loaded_at: datetime | None
+    """When the state in force was read; None before the first."""
+    version: int
+    workloads: int
+    services: int
+    policies: int
+    error: ErrorBody | None = None
+    """Why the newest content was refused (the last good state is kept)."""
+
+
+class CaptureInfo(Result, frozen=True):
+    """How connections are caught."""
+
+    requested: Literal["auto", "tc"]
+    in_force: str
+    """Either `connect+tc` or `tc`."""
+    reason: str
+    """Why it is not what `auto` would prefer; empty when it is."""
+
+
+class PodCounts(Result, frozen=True):
+    """How many pods are in which state."""
+
+    attached: int
+    failed: int
+
+
+class HeartbeatInfo(Result, frozen=True):
+    """The kernel's view of the agent's life."""
+
+    beating: bool
+    limit_s: float
+    lease_s: float
+    loop_lag_s: float
+    """Age of the event loop's last tick."""
+
+
+class StatusResult(Result, frozen=True):
+    """Health of the agent on one screen. The CLI exits 0 when `ready`, else 1."""
+
+    ready: bool
+    pending: tuple[str, ...]
+    """Tasks that readiness still waits for, sorted."""
+    agent_id: str
+    node: str
+    version: str
+    pid: int
+    started_at: datetime
+    uptime_s: float
+    trust_domain: str
+    network: str
+    state: StateSourceInfo
+    capture: CaptureInfo
+    pods: PodCounts
+    heartbeat: HeartbeatInfo
+    connections: int
+    """Open connections that the agent carries."""
+    warnings: tuple[str, ...] = ()
+    """Sentences a person should read: a refused file, a failed pod, dropped logs."""
+    statistics: dict[str, dict[str, int | float]] = {}
+    """Counters of the long-lived parts, by part ("steering", "forwarder", "logs", ...)."""
+
+
+class StatusRequest(Request[StatusResult], frozen=True):
+    """How is the agent?"""
+
+    VERB: ClassVar[str] = "status"
+    RESULT: ClassVar[type[Result]] = StatusResult
+
+
+# --- pods -------------------------------------------------------------------
+
+
+class PodInfo(Result, frozen=True):
+    """One pod that this agent steers, or tries to."""
+
+    pod: str
+    """NS/NAME."""
+    namespace: str
+    name: str
+    state: Literal["attached", "failed"]
+    reason: str
+    """Why it failed; empty when attached."""
+    netns: str
+    """Path of its network namespace as given at attach."""
+    service_account: str
+    identity: str
+    workload: str
+    """uid in the mesh state; empty while the state does not name this pod."""
+    addresses: tuple[str, ...]
+    interfaces: tuple[str, ...]
+    on_agent_down: OnAgentDownName
+    exempt_ports: tuple[int, ...]
+    exempt_cidrs: tuple[str, ...]
+    exempt_interfaces: tuple[str, ...]
+    attached_at: datetime | None
+    connections: int
+
+
+class PodsResult(Result, frozen=True):
+    """All pods, sorted by NS/NAME."""
+
+    pods: tuple[PodInfo, ...]
+
+
+class PodsRequest(Request[PodsResult], frozen=True):
+    """Which pods does the agent steer?"""
+
+    VERB: ClassVar[str] = "pods"
+    RESULT: ClassVar[type[Result]] = PodsResult
+
+
+class AttachResult(Result, frozen=True):
+    """What attach did."""
+
+    outcome: Literal["attached", "updated", "unchanged"]
+    pod: PodInfo
+
+
+class AttachRequest(Request[AttachResult], frozen=True):
+    """Steer this pod. None means the agent's default (its `run` options)."""
+
+    VERB: ClassVar[str] = "attach"
+    RESULT: ClassVar[type[Result]] = AttachResult
+
+    pod: str
+    """NS/NAME."""
+    netns: str
+    """A name under /run/netns, or a path."""
+    service_account: str | None = None
+    """Default: what the mesh state says of the pod."""
+    on_agent_down: OnAgentDownName | None = None
+    exempt_ports: tuple[int, ...] | None = None
+    exempt_cidrs: tuple[str, ...] | None = None
+    exempt_interfaces: tuple[str, ...] | None = None
+
+
+class DetachResult(Result, frozen=True):
+    """What detach did. "not-attached": a pod of the mesh that was not steered."""
+
+    outcome: Literal["detached", "not-attached"]
+    pod: str
+
+
+class DetachRequest(Request[DetachResult], frozen=True):
+    """Stop steering this pod. A name that nobody knows is an error (unknown-pod)."""
+
+    VERB: ClassVar[str] = "detach"
+    RESULT: ClassVar[type[Result]] = DetachResult
+
+    pod: str
+
+
+# --- mesh state -------------------------------------------------------------
+
+
+class WorkloadInfo(Result, frozen=True):
+    """One workload of the mesh."""
+
+    uid: str
+    namespace: str
+    name: str
+    addresses: tuple[str, ...]
+    identity: str
+    protocol: Literal["HBONE", "TCP"]
+    node: str
+    network: str
+    status: str
+    services: tuple[str, ...]
+    """NS/HOSTNAME of each service it belongs to."""
+    policies: tuple[str, ...]
+    """NS/NAME of each policy attached by name."""
+    attached: bool
+    """It is a pod that this agent steers."""
+
+
+class WorkloadsResult(Result, frozen=True):
+    """All workloads, sorted by namespace, name, uid."""
+
+    workloads: tuple[WorkloadInfo, ...]
+
+
+class WorkloadsRequest(Request[WorkloadsResult], frozen=True):
+    """What does the mesh state say of workloads?"""
+
+    VERB: ClassVar[str] = "workloads"
+    RESULT: ClassVar[type[Result]] = WorkloadsResult
+
+
+class ServicePortInfo(Result, frozen=True):
+    """One port; `target` 0 means that each endpoint names its own."""
+
+    port: int
+    target: int
+
+
+class ServiceInfo(Result, frozen=True):
+    """One service of the mesh."""
+
+    namespace: str
+    name: str
+    hostname: str
+    vips: tuple[str, ...]
+    ports: tuple[ServicePortInfo, ...]
+    endpoints: tuple[str, ...]
+    """uids of its endpoints' workloads."""
+
+
+class ServicesResult(Result, frozen=True):
+    """All services, sorted by namespace, hostname."""
+
+    services: tuple[ServiceInfo, ...]
+
+
+class ServicesRequest(Request[ServicesResult], frozen=True):
+    """What does the mesh state say of services?"""
+
+    VERB: ClassVar[str] = "services"
+    RESULT: ClassVar[type[Result]] = ServicesResult
+
+
+# --- certificates, connections, version -------------------------------------
+
+
+class CertInfo(Result, frozen=True):
+    """The certificate of one identity on this node. Private keys are never shown."""
+
+    identity: str
+    state: Literal["pending", "valid", "renewing", "failed", "expired"]
+    serial: str
+    """Hexadecimal; empty while there is none."""
+    not_before: datetime | None
+    not_after: datetime | None
+    renew_at: datetime | None
+    pods: tuple[str, ...]
+    error: ErrorBody | None = None
+
+
+class CertsResult(Result, frozen=True):
+    """All identities in use on this node, sorted, and the roots they are judged by."""
+
+    certs: tuple[CertInfo, ...]
+    roots: tuple[str, ...]
+    """SHA-256 fingerprints of the trusted roots."""
+
+
+class CertsRequest(Request[CertsResult], frozen=True):
+    """Which certificates does the agent hold?"""
+
+    VERB: ClassVar[str] = "certs"
+    RESULT: ClassVar[type[Result]] = CertsResult
+
+
+class ConnectionInfo(Result, frozen=True):
+    """One connection that the agent carries now."""
+
+    id: int
+    direction: Literal["outbound", "inbound"]
+    protocol: Literal["HBONE", "TCP"]
+    """How it looks between the nodes: through a tunnel, or as it came."""
+    pod: str
+    source: str
+    """IP:port of the client."""
+    destination: str
+    """IP:port that the client dialed."""
+    upstream: str
+    """IP:port that the agent dialed for it: a tunnel's gateway, or an app."""
+    peer_identity: str
+    """SPIFFE id proven by the other end; empty for plaintext."""
+    service: str
+    """NS/HOSTNAME when a service address was dialed."""
+    opened_at: datetime
+    age_s: float
+    bytes_sent: int
+    """Towards the destination."""
+    bytes_received: int
+
+
+class ConnectionsResult(Result, frozen=True):
+    """Open connections, oldest first."""
+
+    connections: tuple[ConnectionInfo, ...]
+    total: int
+    """How many there are: the list is cut at the request's limit."""
+
+
+class ConnectionsRequest(Request[ConnectionsResult], frozen=True):
+    """Which connections does the agent carry?"""
+
+    VERB: ClassVar[str] = "connections"
+    RESULT: ClassVar[type[Result]] = ConnectionsResult
+
+    pod: str | None = None
+    direction: Literal["outbound", "inbound"] | None = None
+    limit: int = 10_000
+
+
+class VersionResult(Result, frozen=True):
+    """The running agent's version, for comparison with the CLI's own."""
+
+    version: str
+    api_version: str
+    agent_id: str
+    python: str
+    kernel: str
+
+
+class VersionRequest(Request[VersionResult], frozen=True):
+    """Which version runs?"""
+
+    VERB: ClassVar[str] = "version"
+    RESULT: ClassVar[type[Result]] = VersionResult
+
+
+AnyRequest = (
+    StatusRequest
+    | PodsRequest
+    | AttachRequest
+    | DetachRequest
+    | WorkloadsRequest
+    | ServicesRequest
+    | CertsRequest
+    | ConnectionsRequest
+    | VersionRequest
+)
+
+REQUESTS: dict[str, type[AnyRequest]] = {
+    request.VERB: request
+    for request in (
+        StatusRequest,
+        PodsRequest,
+        AttachRequest,
+        DetachRequest,
+        WorkloadsRequest,
+        ServicesRequest,
+        CertsRequest,
+        ConnectionsRequest,
+        VersionRequest,
+    )
+}
