@@ -214,7 +214,11 @@ PROGRAMS_BY_NAME: Final = {spec.name: spec for spec in PROGRAMS}
 
 
 def cflags() -> tuple[str, ...]:
-    """Compiler flags that every source needs, in a stable order."""
+    """Defines that every source needs, in a stable order.
+
+    The include path (`-I` INCLUDE_DIRECTORY) is left to the compile step: it
+    differs between checkouts and must not change a schema's hash.
+    """
     defines = {
         "POD_INDEX": f"{POD_INDEX:#x}",
         "MAX_PODS": MAX_PODS,
@@ -226,4 +230,4 @@ def cflags() -> tuple[str, ...]:
         **{f"POD_{flag.name}": int(flag) for flag in PodFlag},
         **{f"DECISION_{decision.name}": int(decision) for decision in Decision},
     }
-    return (f"-I{INCLUDE_DIRECTORY}", *(f"-D{name}={value}" for name, value in defines.items()))
+    return tuple(f"-D{name}={value}" for name, value in defines.items())
