@@ -1,0 +1,1 @@
+"""Small real servers and clients that run as processes inside the testbed's pods."""
