@@ -1,0 +1,181 @@
+"""What `meshbpf run` works with: typed, checked when built, each value with its origin.
+
+Only flags and defaults fill it now; the origin of each value is kept so that
+a configuration file and the environment can join without a change to anyone
+who reads a `Settings`. Enumerations of the data plane are plain literals
+here: this module is read by the CLI too and imports nothing of the agent's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from meshbpf.agent.core.errors import ConfigError
+
+IPNetwork = IPv4Network | IPv6Network
+CaptureName = Literal["auto", "tc"]
+OnAgentDownName = Literal["closed", "open"]
+LogFormat = Literal["plain", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Origin = Literal["default", "flag"]
+
+DEFAULT_STATE_DIR = Path("/var/lib/meshbpf")
+READINESS_PORT = 15021
+"""Istio's readiness port."""
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+# RFC 1123 labels, as Kubernetes names its objects; a service account or a pod
+# may hold dots. The length is that of a DNS name.
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+_NAME_MAX = 253
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PodName:
+    """Namespace and name; `str()` is NS/NAME."""
+
+    namespace: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> PodName:
+        """From "NS/NAME"; ConfigError (bad-pod-name) for anything else."""
+        namespace, slash, name = text.partition("/")
+        if not slash or not is_object_name(namespace) or not is_object_name(name):
+            raise ConfigError(
+                "bad-pod-name",
+                f"{text!r} is not a pod name",
+                "write NAMESPACE/NAME in lower case, for instance default/web-0",
+            )
+        return cls(namespace, name)
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Exemptions:
+    """What of a pod's traffic steering leaves alone, in both directions."""
+
+    ports: frozenset[int] = frozenset()
+    cidrs: tuple[IPNetwork, ...] = ()
+    interfaces: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything `run` was told. Building one with a wrong value raises ConfigError."""
+
+    node: str
+    state_dir: Path
+    ca_dir: Path
+    local_xds: Path
+    trust_domain: str = "cluster.local"
+    network: str = ""
+    capture: CaptureName = "auto"
+    on_agent_down: OnAgentDownName = "closed"
+    exempt: Exemptions = Exemptions()
+    probe_cgroups: tuple[Path, ...] = ()
+    """cgroup v2 folders whose processes' connections are probes, never captured."""
+    cert_ttl_s: float = 24 * 3600.0
+    lease_s: float = 60.0
+    """How long after the last good look at the mesh state "not in the mesh" may be believed."""
+    heartbeat_limit_s: float = 0.5
+    """Silence after which the kernel takes this agent for dead."""
+    readiness_port: int = READINESS_PORT
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "plain"
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.node or any(c.isspace() or c == "/" for c in self.node):
+            raise _bad("node", self.node, "give the node's name without spaces or slashes")
+        if not is_object_name(self.trust_domain):
+            raise _bad("trust-domain", self.trust_domain, "write it as a DNS name in lower case")
+        _one_of("capture", self.capture, get_args(CaptureName))
+        _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
+        _one_of("log-level", self.log_level, get_args(LogLevel))
+        _one_of("log-format", self.log_format, get_args(LogFormat))
+        _between("cert-ttl", self.cert_ttl_s, 2.0, 366 * 86400.0)
+        _between("lease", self.lease_s, 0.0, 86400.0)
+        # Three beats of 100 ms must fit, or a busy moment looks like a death.
+        _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0)
+        _between("readiness-port", self.readiness_port, 1, 65535)
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, Any]) -> Settings:
+        """From the flags that were really given (by field name); the rest are defaults."""
+        origins: dict[str, Origin] = {
+            item.name: "flag" if item.name in given else "default"
+            for item in fields(cls)
+            if item.name != "origins"
+        }
+        return cls(**given, origins=origins)
+
+
+def is_object_name(text: str) -> bool:
+    """Whether Kubernetes would take `text` for the name of an object."""
+    return len(text) <= _NAME_MAX and _NAME.fullmatch(text) is not None
+
+
+def parse_duration_s(text: str) -> float:
+    """Seconds of "500ms", "10s", "5m", "24h", "7d" or a bare number of seconds."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(
+            "bad-duration",
+            f"{text!r} is not a duration",
+            "write for instance 30s, 5m or 24h",
+        )
+    return float(match[1]) * _UNIT_S[match[2]]
+
+
+def parse_ports(texts: Iterable[str]) -> frozenset[int]:
+    """Ports of "22", "8000-8010", or several of them with commas between."""
+    ports: set[int] = set()
+    for text in (part.strip() for whole in texts for part in whole.split(",")):
+        first, dash, last = text.partition("-")
+        try:
+            low, high = int(first), int(last if dash else first)
+        except ValueError:
+            low, high = 0, -1
+        if not 1 <= low <= high <= 65535:
+            raise ConfigError(
+                "bad-port", f"{text!r} is not a port", "write 22, or a range as 8000-8010"
+            )
+        ports.update(range(low, high + 1))
+    return frozenset(ports)
+
+
+def parse_cidrs(texts: Iterable[str]) -> tuple[IPNetwork, ...]:
+    """Networks of "10.0.0.0/8", "fd00::/8" or single addresses; commas allowed."""
+    cidrs: set[IPNetwork] = set()
+    for text in (part.strip() for whole in texts for part in whole.split(",")):
+        try:
+            cidrs.add(ip_network(text))
+        except ValueError as error:
+            raise ConfigError(
+                "bad-cidr", f"{text!r} is not a network: {error}", "write for instance 10.0.0.0/8"
+            ) from error
+    return tuple(sorted(cidrs, key=lambda cidr: (cidr.version, int(cidr.network_address))))
+
+
+def _bad(option: str, value: object, hint: str) -> ConfigError:
+    return ConfigError("bad-option", f"--{option}: {value!r} cannot be used", hint)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise _bad(option, value, f"one of: {', '.join(allowed)}")
+
+
+def _between(option: str, value: float, low: float, high: float) -> None:
+    if not math.isfinite(value) or not low <= value <= high:
+        raise _bad(option, value, f"from {low:g} to {high:g}")

@@ -1,0 +1,214 @@
+"""Log lines that never hold up the event loop.
+
+`Log("pods").info("pod attached", pod="web/a")` hands a record to a bounded
+queue; one thread formats and writes to stderr. A reader of stderr that
+stands still (a full pipe, a paused terminal) stops that thread alone: when
+the queue is full, records are dropped and counted, and the count is logged
+once there is room. ztunnel blocks its data plane there instead.
+
+Plain lines are `time<TAB>level<TAB>scope<TAB>message<TAB>k=v ...`, as ztunnel's;
+JSON has one object a line. Values come from peers and files, so control
+characters are escaped: a name cannot forge a line or drive a terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sys
+import threading
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TextIO
+
+import msgspec
+
+from meshbpf.agent.config import LogFormat, LogLevel
+from meshbpf.agent.core.errors import MeshbpfError
+
+ROOT = "meshbpf"
+QUEUE_RECORDS = 10_000
+FLUSH_S = 1.0
+"""How long `close` waits for a reader that does not read."""
+
+_FIELDS = "fields"
+"""Other modules may log with `extra={"fields": {...}}` on a logger of their own."""
+_LIBRARIES = ("hpack", "pyroute2")
+"""They log each header or netlink message at debug level."""
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+_STOP = object()
+
+
+class Log:
+    """The logger of one scope; every method takes fields as keywords."""
+
+    def __init__(self, scope: str) -> None:
+        self._logger = logging.getLogger(f"{ROOT}.{scope}")
+
+    def debug(self, message: str, **values: object) -> None:
+        """What only a developer wants."""
+        self._write(logging.DEBUG, message, values)
+
+    def info(self, message: str, **values: object) -> None:
+        """What changed."""
+        self._write(logging.INFO, message, values)
+
+    def warning(self, message: str, **values: object) -> None:
+        """What a person should look at; the agent goes on as before."""
+        self._write(logging.WARNING, message, values)
+
+    def error(self, message: str, *, cause: BaseException | None = None, **values: object) -> None:
+        """What failed. An unforeseen `cause` (no MeshbpfError) comes with its traceback."""
+        if isinstance(cause, MeshbpfError):
+            values = {**values, "code": cause.code, "error": cause.what, "hint": cause.hint}
+            cause = None
+        self._write(logging.ERROR, message, values, cause)
+
+    def _write(
+        self,
+        level: int,
+        message: str,
+        values: dict[str, object],
+        cause: BaseException | None = None,
+    ) -> None:
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, "%s", message, extra={_FIELDS: values}, exc_info=cause)
+
+
+class PlainFormatter(logging.Formatter):
+    """Tab-separated time, level, scope, message and fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, but for the traceback of an unforeseen error."""
+        cells = [
+            _time(record).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            record.levelname.lower(),
+            record.name.removeprefix(f"{ROOT}."),
+            _escape(record.getMessage()),
+        ]
+        values = _fields(record)
+        if values:
+            cells.append(" ".join(f"{key}={_quote(value)}" for key, value in values.items()))
+        line = "\t".join(cells)
+        if record.exc_info:
+            # An error's text may be a peer's, too.
+            trace = self.formatException(record.exc_info).split("\n")
+            line = "\n".join((line, *map(_escape, trace)))
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: level, time, scope, message, then the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line in every case; a traceback is the field `traceback`."""
+        line: dict[str, object] = {
+            "level": record.levelname.lower(),
+            "time": _time(record),
+            "scope": record.name.removeprefix(f"{ROOT}."),
+            "message": record.getMessage(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class LogStatistics:
+    """What happened to log records so far."""
+
+    written: int
+    dropped: int
+    queued: int
+
+
+class LogWriter(logging.Handler):
+    """Takes records from any thread without waiting; its own thread writes them."""
+
+    def __init__(self, stream: TextIO, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(formatter)
+        self._stream = stream
+        self._queue: queue.Queue[logging.LogRecord | object] = queue.Queue(QUEUE_RECORDS)
+        self._written = 0
+        self._dropped = 0
+        # A daemon: a reader that never reads must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, name="meshbpf-logs", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the record, or drop and count it."""
+        try:
+            self._queue.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+
+    def close(self) -> None:
+        """Write what is queued, for FLUSH_S at most, and end the thread."""
+        if self._thread.is_alive():
+            try:
+                self._queue.put(_STOP, timeout=FLUSH_S)
+            except queue.Full:
+                self._dropped += self._queue.qsize()
+            else:
+                self._thread.join(FLUSH_S)
+        super().close()
+
+    def statistics(self) -> LogStatistics:
+        """Counters since the start."""
+        return LogStatistics(self._written, self._dropped, self._queue.qsize())
+
+    def _run(self) -> None:
+        reported = 0
+        while (record := self._queue.get()) is not _STOP:
+            assert isinstance(record, logging.LogRecord)  # noqa: S101 (what emit() puts there)
+            self._write(record)
+            if self._dropped != reported and self._queue.empty():
+                lost, reported = self._dropped - reported, self._dropped
+                note = logging.LogRecord(
+                    f"{ROOT}.logs", logging.WARNING, "", 0, "log records dropped", None, None
+                )
+                setattr(note, _FIELDS, {"count": lost})
+                self._write(note)
+
+    def _write(self, record: logging.LogRecord) -> None:
+        try:
+            self._stream.write(self.format(record) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            # stderr is closed or broken: there is nobody to tell, so count.
+            self._dropped += 1
+        else:
+            self._written += 1
+
+
+def set_up(level: LogLevel, log_format: LogFormat, stream: TextIO = sys.stderr) -> LogWriter:
+    """Send every record of the program to `stream`; `close()` the result at the end."""
+    formatter = JsonFormatter() if log_format == "json" else PlainFormatter()
+    writer = LogWriter(stream, formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [writer]
+    root.setLevel(level.upper())
+    for library in _LIBRARIES:
+        logging.getLogger(library).setLevel(logging.WARNING)
+    return writer
+
+
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    values = getattr(record, _FIELDS, {})
+    return {key: value for key, value in values.items() if value not in (None, "")}
+
+
+def _time(record: logging.LogRecord) -> datetime:
+    return datetime.fromtimestamp(record.created, UTC)
+
+
+def _escape(text: str) -> str:
+    return text.translate(_ESCAPES)
+
+
+def _quote(value: object) -> str:
+    text = _escape(str(value))
+    plain = text and not any(c in ' ="\\' for c in text)
+    return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
