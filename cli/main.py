@@ -1,0 +1,84 @@
+"""`meshbpf`: the command.
+
+Only the table of commands lives here; each command is a module of
+`meshbpf.cli.commands` that is imported when it runs. `main` is the one place
+where an error becomes a message and an exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from meshbpf import __version__
+from meshbpf.agent.core.errors import Exit, MeshbpfError
+from meshbpf.cli.failure import asked_format, from_click, report
+from meshbpf.cli.lazy import Entry, LazyGroup
+from meshbpf.cli.options import common_options
+
+_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
+
+
+def _entry(name: str, summary: str) -> tuple[str, Entry]:
+    return name, Entry(f"meshbpf.cli.commands.{name}", summary)
+
+
+COMMANDS = dict(
+    [
+        _entry("run", "Run the node agent."),
+        _entry("attach", "Steer a pod's connections through the agent."),
+        _entry("detach", "Stop steering a pod, and leave no trace."),
+        _entry("status", "Show whether the agent is ready, and why not."),
+        _entry("pods", "List the pods that the agent steers."),
+        _entry("workloads", "List the workloads of the mesh state."),
+        _entry("services", "List the services of the mesh state."),
+        _entry("certs", "List the certificates that the agent holds."),
+        _entry("connections", "List the connections that the agent carries."),
+        _entry("check", "Say what this machine can do, and what it lacks."),
+        _entry("ca", "Create, import or show the embedded CA."),
+        _entry("version", "Show the versions of the command and the agent."),
+    ]
+)
+
+
+@click.group(
+    cls=LazyGroup,
+    entries=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 69 no agent answers, 77 not permitted, "
+    "78 wrong configuration, 79 `check` found problems.",
+)
+@click.version_option(__version__, message="meshbpf %(version)s")
+@common_options
+def cli() -> None:
+    """An Istio ambient data plane: eBPF steering and an HBONE proxy.
+
+    Pods are named NS/NAME, NAME.NS, or NAME with -n NS. --state-dir and -o are taken
+    before and after the command.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = cli.main(given, prog_name="meshbpf", standalone_mode=False)
+        sys.stdout.flush()
+    except MeshbpfError as error:
+        return report(error, asked_format(given))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return Exit.USAGE
+    except click.ClickException as error:
+        return report(from_click(error), asked_format(given))
+    except (click.Abort, KeyboardInterrupt):
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # Python would try to flush stdout once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return status if isinstance(status, int) else Exit.OK
