@@ -30,6 +30,8 @@ MAX_REQUEST_BYTES = 64 * 1024
 with a long list of exempt CIDRs) has a few kilobytes."""
 
 OnAgentDownName = Literal["closed", "open"]
+CertState = Literal["pending", "valid", "renewing", "failed", "expired"]
+"""`renewing`: valid, but the newest attempt to renew it failed."""
 R = TypeVar("R")
 
 
@@ -309,7 +311,7 @@ class CertInfo(Result, frozen=True):
     """The certificate of one identity on this node. Private keys are never shown."""
 
     identity: str
-    state: Literal["pending", "valid", "renewing", "failed", "expired"]
+    state: CertState
     serial: str
     """Hexadecimal; empty while there is none."""
     not_before: datetime | None

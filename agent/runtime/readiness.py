@@ -112,7 +112,7 @@ async def _one_client(
         try:
             with trio.move_on_after(CLIENT_S):
                 await _exchange(stream, readiness)
-        except (trio.BrokenResourceError, h11.RemoteProtocolError):
+        except (trio.BrokenResourceError, h11.ProtocolError):
             return  # the client went away or does not speak HTTP
         finally:
             slots.release()

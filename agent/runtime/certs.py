@@ -1,0 +1,250 @@
+"""The certificates of the identities on this node: made, renewed at half-life, forgotten.
+
+An identity is held by the pods that run under it; the first one starts its
+task, the last one ends it, so that this node never asks for an account that
+is not on it. Keys are made here, live in memory only, and change with each
+certificate. A renewal replaces the TLS contexts that new tunnels ask for;
+tunnels that stand keep the contexts they began with, so nothing is dropped.
+
+A renewal that fails is tried again with growing pauses, while the old
+certificate serves until its very end.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from meshbpf.agent.api import CertInfo, CertsResult, CertState
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.runtime.control import error_body
+from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.wire.tls import WorkloadTls, workload_tls
+
+CLOCK_SKEW = timedelta(seconds=60)
+"""Certificates begin this much in the past: the peer's clock may be behind."""
+RETRY_FIRST_S = 1.0
+RETRY_LAST_S = 150.0
+RETRY_JITTER = 0.2  # the three as ztunnel's
+_LONGEST_SLEEP_S = 30.0
+"""Renewal follows the wall clock, which may be set; so it is looked at this often."""
+
+log = Log("certs")
+
+
+class Issuer(Protocol):
+    """Who signs: the embedded CA here, istiod or SPIRE in later work."""
+
+    @property
+    def roots_pem(self) -> bytes:
+        """The certificates that peers are judged by."""
+        ...
+
+    async def issue(
+        self,
+        identity: SpiffeId,
+        public_key: ec.EllipticCurvePublicKey,
+        not_before: datetime,
+        not_after: datetime,
+    ) -> bytes:
+        """A PEM chain, leaf first. Raises MeshbpfError."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """One identity and what is known of its certificate."""
+
+    identity: SpiffeId
+    pods: set[str] = field(default_factory=set)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    attempted: trio.Event = field(default_factory=trio.Event)
+    """Set at the end of the next attempt, then replaced."""
+    tls: WorkloadTls | None = None
+    serial: str = ""
+    renew_at: datetime | None = None
+    error: MeshbpfError | None = None
+    """Why the newest attempt failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateStatistics:
+    """Counters since the start."""
+
+    identities: int
+    issued: int
+    failed: int
+
+
+def utc_now() -> datetime:
+    """The wall clock."""
+    return datetime.now(UTC)
+
+
+class CertificateStore:
+    """Implements the forwarder's `Identities`."""
+
+    def __init__(
+        self,
+        issuer: Issuer,
+        nursery: trio.Nursery,
+        *,
+        ttl: timedelta,
+        now: Callable[[], datetime] = utc_now,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._issuer = issuer
+        self._nursery = nursery
+        self._ttl = ttl
+        self._now = now
+        self._rng = rng or random.Random()  # noqa: S311 (jitter, no secret)
+        self._held: dict[SpiffeId, _Held] = {}
+        self._issued = self._failed = 0
+
+    def hold(self, identity: SpiffeId, pod: str) -> None:
+        """`pod` (NS/NAME) runs under `identity`: see that it has a certificate."""
+        held = self._held.get(identity)
+        if held is None:
+            held = self._held[identity] = _Held(identity)
+            self._nursery.start_soon(self._keep, held, name=f"certificate of {identity}")
+        held.pods.add(pod)
+
+    def release(self, identity: SpiffeId, pod: str) -> None:
+        """`pod` is gone. The last one takes key and certificate with it."""
+        held = self._held.get(identity)
+        if held is None:
+            return
+        held.pods.discard(pod)
+        if not held.pods:
+            del self._held[identity]
+            held.scope.cancel()
+
+    async def tls(self, identity: SpiffeId) -> WorkloadTls:
+        """The contexts in force; waits for the first attempt when none was made yet.
+
+        Raises MeshbpfError: not an identity of this node, no certificate to
+        be had, or an expired one. Cancelling the wait disturbs nobody.
+        """
+        while True:
+            held = self._held.get(identity)
+            if held is None:
+                raise MeshbpfError("identity-not-here", f"no pod of this node runs as {identity}")
+            if held.tls is not None:
+                if self._now() < held.tls.not_after:
+                    return held.tls
+                raise MeshbpfError(
+                    "certificate-expired",
+                    f"the certificate of {identity} has expired",
+                    held.error.what if held.error else "",
+                )
+            if held.error is not None:
+                raise held.error
+            await held.attempted.wait()
+
+    def describe(self) -> CertsResult:
+        """What the `certs` verb answers."""
+        certs = sorted(map(self._info, self._held.values()), key=lambda cert: cert.identity)
+        roots = x509.load_pem_x509_certificates(self._issuer.roots_pem)
+        return CertsResult(
+            certs=tuple(certs),
+            roots=tuple(root.fingerprint(hashes.SHA256()).hex() for root in roots),
+        )
+
+    def statistics(self) -> CertificateStatistics:
+        """Counters since the start."""
+        return CertificateStatistics(len(self._held), self._issued, self._failed)
+
+    def _info(self, held: _Held) -> CertInfo:
+        return CertInfo(
+            identity=str(held.identity),
+            state=self._state(held),
+            serial=held.serial,
+            not_before=held.tls and held.tls.not_before,
+            not_after=held.tls and held.tls.not_after,
+            renew_at=held.renew_at,
+            pods=tuple(sorted(held.pods)),
+            error=held.error and error_body(held.error),
+        )
+
+    def _state(self, held: _Held) -> CertState:
+        if held.tls is None:
+            return "failed" if held.error else "pending"
+        if self._now() >= held.tls.not_after:
+            return "expired"
+        return "renewing" if held.error else "valid"
+
+    async def _keep(self, held: _Held) -> None:
+        """Get a certificate and renew it at half its life, until released."""
+        with held.scope:
+            failures = 0
+            while True:
+                try:
+                    await self._obtain(held)
+                except MeshbpfError as error:
+                    failures += 1
+                    self._failed += 1
+                    held.error = error
+                    pause_s = self._retry_pause_s(failures, held)
+                    log.error(
+                        "certificate not issued",
+                        cause=error,
+                        identity=held.identity,
+                        retry_s=round(pause_s, 1),
+                    )
+                    wake_at = self._now() + timedelta(seconds=pause_s)
+                else:
+                    failures = 0
+                    held.error = None
+                    assert held.renew_at is not None  # noqa: S101 (_obtain set it)
+                    wake_at = held.renew_at
+                held.attempted.set()
+                held.attempted = trio.Event()
+                await self._sleep_until(wake_at)
+
+    async def _obtain(self, held: _Held) -> None:
+        started = self._now()
+        key = ec.generate_private_key(ec.SECP256R1())
+        chain_pem = await self._issuer.issue(
+            held.identity, key.public_key(), started - CLOCK_SKEW, started + self._ttl
+        )
+        tls = workload_tls(chain_pem, key, self._issuer.roots_pem)
+        if tls.identity != held.identity:
+            raise MeshbpfError(
+                "wrong-certificate", f"asked for {held.identity}, the CA answered {tls.identity}"
+            )
+        renewed = held.tls is not None
+        held.tls = tls
+        held.serial = f"{x509.load_pem_x509_certificate(chain_pem).serial_number:x}"
+        # The issuer may grant less than was asked for.
+        held.renew_at = started + (tls.not_after - started) / 2
+        self._issued += 1
+        log.info(
+            "certificate renewed" if renewed else "certificate issued",
+            identity=held.identity,
+            serial=held.serial,
+            not_after=tls.not_after.isoformat(),
+        )
+
+    def _retry_pause_s(self, failures: int, held: _Held) -> float:
+        pause_s = min(RETRY_LAST_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 16))
+        pause_s *= 1 + self._rng.uniform(-RETRY_JITTER, RETRY_JITTER)
+        if held.tls is not None:
+            # Once more before the old one ends, however long the pauses have grown.
+            left_s = (held.tls.not_after - self._now()).total_seconds()
+            if left_s > 2 * RETRY_FIRST_S:
+                pause_s = min(pause_s, left_s - RETRY_FIRST_S)
+        return pause_s
+
+    async def _sleep_until(self, moment: datetime) -> None:
+        while (left_s := (moment - self._now()).total_seconds()) > 0:
+            await trio.sleep(min(left_s, _LONGEST_SLEEP_S))
+        await trio.lowlevel.checkpoint()

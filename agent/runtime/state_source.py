@@ -1,0 +1,187 @@
+"""Mesh state from a file, read again whenever it changes.
+
+What the file system promises: an atomic rename shows a new inode; a writer
+that overwrites in place shows a size and an mtime that move while it writes,
+and in between the content may be cut at a place where it is still good YAML.
+So a change is believed only once device, inode, size and mtime have stood
+still for SETTLE_S, and only if they are the same after the read as before.
+
+Polling and not inotify: it works on every file system (overlay, NFS, a
+mounted ConfigMap's symlink swap), and costs one stat() in POLL_S.
+
+A file that is wrong is reported and the last good state stays in force.
+Parsing runs in a thread: 10,000 workloads take seconds of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import trio
+from meshbpf.agent.core.local_xds import parse_local_xds
+
+from meshbpf.agent.core.errors import ConfigError, MeshbpfError
+from meshbpf.agent.core.state import MeshState
+from meshbpf.agent.runtime.certs import utc_now
+from meshbpf.agent.runtime.logs import Log
+
+POLL_S = 0.3
+SETTLE_S = 0.15
+MAX_BYTES = 256 * 1024 * 1024
+"""ztunnel takes xDS messages of at most 200 MiB; a file beyond this is a mistake."""
+
+log = Log("state")
+
+Signature = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStatistics:
+    """Counters since the start."""
+
+    loads: int
+    refused: int
+
+
+class LocalXdsSource:
+    """One LOCAL_XDS file."""
+
+    def __init__(self, path: Path, *, now: Callable[[], datetime] = utc_now) -> None:
+        self._path = path
+        self._now = now
+        self._seen: Signature | None = None
+        self._readable = True
+        self._loads = self._refused = 0
+        self.loaded_at: datetime | None = None
+        self.error: MeshbpfError | None = None
+        """Why the newest content is not in force; None when it is."""
+
+    @property
+    def origin(self) -> str:
+        """What to show for the place where the state comes from."""
+        return str(self._path)
+
+    @property
+    def healthy(self) -> bool:
+        """The file can be read. A bad content is no illness of the source."""
+        return self._readable
+
+    def load(self) -> MeshState:
+        """The first read, at start: raises ConfigError with line and field."""
+        before = self._signature()
+        if before is None:
+            raise self._unreadable(self._why_unreadable())
+        state = self._parse(self._read())
+        self._seen = before
+        self._accept()
+        return state
+
+    async def watch(self, apply: Callable[[MeshState], Awaitable[None]]) -> None:
+        """Hand each new good state to `apply`, until cancelled.
+
+        `apply` may raise MeshbpfError: the state then counts as refused and
+        is offered again when the file changes next.
+        """
+        while True:
+            await trio.sleep(POLL_S)
+            found = self._signature()
+            if found is None:
+                self._lost()
+                continue
+            if found == self._seen and self._readable:
+                continue
+            await self._reload(found, apply)
+
+    def statistics(self) -> SourceStatistics:
+        """Counters since the start."""
+        return SourceStatistics(self._loads, self._refused)
+
+    async def _reload(
+        self, found: Signature, apply: Callable[[MeshState], Awaitable[None]]
+    ) -> None:
+        await trio.sleep(SETTLE_S)
+        if self._signature() != found:
+            return  # being written: look again at the next poll
+        try:
+            text = await trio.to_thread.run_sync(self._read)
+            if self._signature() != found:
+                return
+            self._readable = True
+            if found == self._seen:
+                self.error = None
+                log.info("mesh state file is back, unchanged", file=self._path)
+                return
+            self._seen = found
+            state = await trio.to_thread.run_sync(self._parse, text)
+            await apply(state)
+        except MeshbpfError as error:
+            self._refuse(error)
+        else:
+            self._accept()
+            log.info(
+                "mesh state loaded",
+                file=self._path,
+                workloads=len(state.workloads),
+                services=len(state.services),
+                policies=len(state.policies),
+            )
+
+    def _signature(self) -> Signature | None:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def _read(self) -> str:
+        try:
+            with self._path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+        except OSError as error:
+            self._readable = False
+            raise self._unreadable(str(error.strerror)) from error
+        if len(content) > MAX_BYTES:
+            raise self._unreadable(f"it is larger than {MAX_BYTES} bytes")
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise ConfigError(
+                "bad-local-xds", f"{self._path}:{line}: not UTF-8: {error.reason}"
+            ) from error
+
+    def _parse(self, text: str) -> MeshState:
+        return parse_local_xds(text, self.origin)
+
+    def _accept(self) -> None:
+        self._loads += 1
+        self.loaded_at = self._now()
+        self.error = None
+
+    def _refuse(self, error: MeshbpfError) -> None:
+        self._refused += 1
+        self.error = error
+        log.error("mesh state refused, the last good one stays", cause=error)
+
+    def _lost(self) -> None:
+        if self._readable:
+            self._readable = False
+            self._refuse(self._unreadable(self._why_unreadable()))
+
+    def _why_unreadable(self) -> str:
+        try:
+            os.stat(self._path)
+        except OSError as error:
+            return str(error.strerror)
+        return "it was not there a moment ago"
+
+    def _unreadable(self, why: str) -> ConfigError:
+        return ConfigError(
+            "unreadable-local-xds",
+            f"mesh state file {self._path} cannot be read: {why}",
+            "give --local-xds a file in ztunnel's LOCAL_XDS format",
+        )
