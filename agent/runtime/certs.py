@@ -168,11 +168,11 @@ class CertificateStore:
             identity=str(held.identity),
             state=self._state(held),
             serial=held.serial,
-            not_before=held.tls and held.tls.not_before,
-            not_after=held.tls and held.tls.not_after,
+            not_before=held.tls.not_before if held.tls else None,
+            not_after=held.tls.not_after if held.tls else None,
             renew_at=held.renew_at,
             pods=tuple(sorted(held.pods)),
-            error=held.error and error_body(held.error),
+            error=error_body(held.error) if held.error else None,
         )
 
     def _state(self, held: _Held) -> CertState:
@@ -245,6 +245,7 @@ class CertificateStore:
         return pause_s
 
     async def _sleep_until(self, moment: datetime) -> None:
-        while (left_s := (moment - self._now()).total_seconds()) > 0:
+        # No event tells that the wall clock was set.
+        while (left_s := (moment - self._now()).total_seconds()) > 0:  # noqa: ASYNC110
             await trio.sleep(min(left_s, _LONGEST_SLEEP_S))
         await trio.lowlevel.checkpoint()
