@@ -34,77 +34,26 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 
-from tests.progs import server
+from meshbpf.agent.api import ConnectionInfo, ConnectionsRequest, Request, StatusRequest
+from meshbpf.agent.api_client import call
 from tests.progs.inside import NETNS_DIR, socket_inside, sysctl_inside
-from tests.progs.program import BedError, Program, end_recorded
+from tests.progs.pod import NAMESPACE, TRUST_DOMAIN, Family, Pod, node_address, service, workload
+from tests.progs.program import BedError, Program, end_recorded, eventually, run_inside
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_DIR = Path("/run/meshbpf-testbed")
 PINS_DIR = Path("/sys/fs/bpf/meshbpf")
 MESHBPF = Path(sys.prefix) / "bin" / "meshbpf"
-TRUST_DOMAIN = "cluster.local"
-NAMESPACE = "apps"
 READY_LIMIT_S = 40.0  # a cold start compiles the BPF programs first
 CLI_LIMIT_S = 30.0
 
-Family = Literal[4, 6]
-
-
-def node_address(node: int, family: Family) -> str:
-    return f"198.18.0.{node}" if family == 4 else f"fd00:6d62::{node}"
-
-
-@dataclass(frozen=True, slots=True)
-class Pod:
-    """A pod and its addresses, which are made of its node's number and its own."""
-
-    name: str
-    netns: str
-    node: int
-    index: int
-    service_account: str
-    captured: bool
-
-    @property
-    def key(self) -> str:
-        return f"{NAMESPACE}/{self.name}"
-
-    @property
-    def ipv4(self) -> str:
-        return f"198.18.{self.node}.{self.index}"
-
-    @property
-    def ipv6(self) -> str:
-        return f"fd00:6d62:{self.node}::{self.index:x}"
-
-    @property
-    def hostname(self) -> str:
-        return f"{self.name}.{NAMESPACE}.svc.cluster.local"
-
-    @property
-    def identity(self) -> str:
-        return f"spiffe://{TRUST_DOMAIN}/ns/{NAMESPACE}/sa/{self.service_account}"
-
-    @property
-    def veth(self) -> str:
-        """The pod's interface as its node sees it."""
-        return f"v{self.name}"
-
-    def address(self, family: Family) -> str:
-        return self.ipv4 if family == 4 else self.ipv6
-
-    def vip(self, family: Family) -> str:
-        """The address of the service whose only endpoint is this pod."""
-        if family == 4:
-            return f"198.19.{self.node}.{self.index}"
-        return f"fd00:6d62:f0{self.node}::{self.index:x}"
+R = TypeVar("R")
 
 
 class Agent:
@@ -160,8 +109,18 @@ class Agent:
         command = [str(MESHBPF), "--state-dir", str(self.state_dir), *argv]
         return self.bed.run(self.netns, command, check=check, limit_s=CLI_LIMIT_S)
 
-    def query(self, *argv: str) -> Any:
-        return json.loads(self.cli(*argv, "-o", "json").stdout)
+    def ask(self, request: Request[R]) -> R:
+        """The same question without a process, for those who ask often."""
+        return call(self.state_dir, request, timeout_s=10.0)
+
+    def carried(self, source: tuple[str, int] | None = None) -> list[ConnectionInfo]:
+        """The connections it carries, or those of the client with this address."""
+        found = self.ask(ConnectionsRequest()).connections
+        if source is None:
+            return list(found)
+        ip, port = source
+        wanted = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        return [one for one in found if one.source == wanted]
 
     def attach(self, pod: Pod, *options: str) -> None:
         self.cli("attach", "--pod", pod.key, "--netns", pod.netns, *options)
@@ -171,6 +130,15 @@ class Agent:
 
     def kill9(self) -> None:
         self.program.end(signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def dead(self) -> Iterator[None]:
+        """Killed for the time of the block, then started again with the same options."""
+        self.kill9()
+        try:
+            yield
+        finally:
+            self.start(*self.options)
 
     def stop(self) -> int:
         return self.program.end(signal.SIGTERM)
@@ -209,7 +177,8 @@ class Testbed:
         self.ca_dir = self.directory / "ca"
         self.pods: dict[str, Pod] = {}
         self.policies: list[dict[str, Any]] = []
-        self.extra_workloads: list[dict[str, Any]] = []
+        # A workload in the mesh file whose packets vanish: who dials it waits.
+        self.gone = Pod("gone", "", 2, 250, "gone", captured=True)
         self.servers: dict[str, Program] = {}
         self.agents = {1: Agent(self, 1), 2: Agent(self, 2)}
         self._lock: int | None = None
@@ -280,7 +249,9 @@ class Testbed:
         _ip(first, [f"link add trunk type veth peer name trunk netns {second}"])
         for node, other in ((1, 2), (2, 1)):
             commands = ["link set trunk up"]
-            for family, prefix, pods in ((4, 24, "198.18.{}.0/24"), (6, 64, "fd00:6d62:{}::/64")):
+            families: tuple[tuple[Family, int, str], ...]
+            families = ((4, 24, "198.18.{}.0/24"), (6, 64, "fd00:6d62:{}::/64"))
+            for family, prefix, pods in families:
                 here, there = node_address(node, family), node_address(other, family)
                 nodad = "nodad" if family == 6 else ""
                 commands.append(f"address add {here}/{prefix} dev trunk {nodad}")
@@ -292,6 +263,8 @@ class Testbed:
             self._make_pod(f"n{node}a", node, shared, captured=True)
             self._make_pod(f"n{node}b", node, "shop" if node == 1 else "billing", captured=True)
             self._make_pod(f"n{node}x", node, "legacy", captured=False)
+        for address in (self.gone.ipv4, self.gone.ipv6):
+            _ip(second, [f"route add blackhole {address}"])
         self.write_mesh()
 
     # --- topology -----------------------------------------------------------
@@ -310,6 +283,9 @@ class Testbed:
 
     def node_netns(self, node: int) -> str:
         return f"{self.tag}-node{node}"
+
+    def running_agents(self) -> list[Agent]:
+        return [agent for agent in self.agents.values() if agent.running]
 
     def agent_of(self, pod: Pod) -> Agent:
         return self.agents[pod.node]
@@ -374,12 +350,15 @@ class Testbed:
         """The mesh file anew, in the format of ztunnel's LOCAL_XDS, replaced in one step."""
         pods = self.pods.values()
         mesh = {
-            "workloads": [_workload(pod) for pod in pods] + self.extra_workloads,
-            "services": [_service(pod) for pod in pods],
+            "workloads": [workload(pod) for pod in (*pods, self.gone)],
+            "services": [service(pod) for pod in pods],
             "policies": self.policies,
         }
+        text = yaml.safe_dump(mesh, sort_keys=False)
+        if self.mesh_file.exists() and self.mesh_file.read_text() == text:
+            return  # an agent has no reason to read it again, so nobody may wait for that
         fresh = self.mesh_file.with_suffix(".new")
-        fresh.write_text(yaml.safe_dump(mesh, sort_keys=False))
+        fresh.write_text(text)
         fresh.replace(self.mesh_file)
 
     @contextlib.contextmanager
@@ -401,7 +380,13 @@ class Testbed:
 
     def wait_mesh(self) -> None:
         """Until every running agent works with the mesh file as it is now."""
-        raise NotImplementedError
+        written = self.mesh_file.stat().st_mtime
+
+        def read() -> bool:
+            states = [agent.ask(StatusRequest()).state for agent in self.running_agents()]
+            return all(s.loaded_at and s.loaded_at.timestamp() >= written for s in states)
+
+        eventually("the agents read the mesh file", read, 10.0)
 
     # --- agents -------------------------------------------------------------
 
@@ -434,17 +419,7 @@ class Testbed:
         self, netns: str, argv: Sequence[str], *, check: bool = True, limit_s: float = 60.0
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in a namespace to its end."""
-        command = ["nsenter", f"--net={NETNS_DIR / netns}", *argv]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=limit_s, cwd=ROOT, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise BedError(f"in {netns}, not within {limit_s} s: {' '.join(argv)}") from error
-        if check and done.returncode:
-            said = (done.stdout + done.stderr).strip()
-            raise BedError(f"in {netns}, exit {done.returncode}: {' '.join(argv)}\n{said}")
-        return done
+        return run_inside(netns, argv, check=check, limit_s=limit_s)
 
     def client(
         self, where: Pod, verb: str, address: str, port: int, *options: str, limit_s: float = 60.0
@@ -462,7 +437,7 @@ class Testbed:
         for pod in pods or tuple(self.pods.values()):
             self.servers[pod.name].wait_event("ready")
 
-    def socket(self, where: Pod | int, family: Family) -> socket.socket:
+    def make_socket(self, where: Pod | int, family: Family) -> socket.socket:
         """A TCP socket of a pod, or of a node, for use in this process."""
         netns = where.netns if isinstance(where, Pod) else self.node_netns(where)
         return socket_inside(netns, socket.AF_INET if family == 4 else socket.AF_INET6)
@@ -471,7 +446,7 @@ class Testbed:
         self, where: Pod | int, address: str, port: int, limit_s: float = 5.0
     ) -> socket.socket:
         """A connected TCP socket of a pod or node, with `limit_s` as its timeout."""
-        sock = self.socket(where, 6 if ":" in address else 4)
+        sock = self.make_socket(where, 6 if ":" in address else 4)
         sock.settimeout(limit_s)
         try:
             sock.connect((address, port))
@@ -488,39 +463,6 @@ def cgroup2_root() -> Path:
         if kind == "cgroup2":
             return Path(where)
     raise BedError("cgroup v2 is not mounted")
-
-
-def _workload(pod: Pod) -> dict[str, Any]:
-    ports = _ports()
-    return {
-        "uid": f"Kubernetes//Pod/{pod.key}",
-        "name": pod.name,
-        "namespace": NAMESPACE,
-        "serviceAccount": pod.service_account,
-        "workloadName": pod.name,
-        "workloadType": "pod",
-        "canonicalName": pod.name,
-        "workloadIps": [pod.ipv4, pod.ipv6],
-        "protocol": "HBONE" if pod.captured else "TCP",
-        "node": f"node{pod.node}",
-        "network": "",
-        "services": {f"{NAMESPACE}/{pod.hostname}": ports},
-    }
-
-
-def _service(pod: Pod) -> dict[str, Any]:
-    return {
-        "name": pod.name,
-        "namespace": NAMESPACE,
-        "hostname": pod.hostname,
-        "vips": [f"/{pod.vip(4)}", f"/{pod.vip(6)}"],
-        "ports": _ports(),
-    }
-
-
-def _ports() -> dict[int, int]:
-    """Service ports: 80 is the echo server, the others are what they are in the pod."""
-    return {80: server.ECHO} | {port: port for port, _ in server.SERVICES.values()}
 
 
 def _ip(netns: str, commands: Sequence[str]) -> None:

@@ -38,6 +38,23 @@ def eventually(what: str, call: Callable[[], T], limit_s: float = 5.0) -> T:
     return answer
 
 
+def run_inside(
+    netns: str, argv: Sequence[str], *, check: bool = True, limit_s: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a namespace to its end; BedError for a failure when `check`."""
+    command = ["nsenter", f"--net={NETNS_DIR / netns}", *argv]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit_s, cwd=ROOT, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise BedError(f"in {netns}, not within {limit_s} s: {' '.join(argv)}") from error
+    if check and done.returncode:
+        said = (done.stdout + done.stderr).strip()
+        raise BedError(f"in {netns}, exit {done.returncode}: {' '.join(argv)}\n{said}")
+    return done
+
+
 class Program:
     """A process of the testbed, its standard output in a file of JSON lines."""
 
@@ -82,15 +99,14 @@ class Program:
 
     def wait_event(self, event: str, limit_s: float = 5.0, **match: object) -> dict[str, Any]:
         """The last such line, as soon as there is one."""
-        found = eventually(
-            f"{self.name} says {event} {match}",
-            lambda: self.events(event, **match) or (not self.running and self._ended()),
-            limit_s,
-        )
-        return found[-1]
 
-    def _ended(self) -> list[dict[str, Any]]:
-        raise BedError(f"{self.name} ended with {self.process.returncode}:\n{self.tail()}")
+        def look() -> list[dict[str, Any]]:
+            found = self.events(event, **match)
+            if not found and not self.running:
+                raise BedError(f"{self.name} ended with {self.process.returncode}:\n{self.tail()}")
+            return found
+
+        return eventually(f"{self.name} says {event} {match}", look, limit_s)[-1]
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

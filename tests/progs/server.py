@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import socket
 import struct
@@ -19,10 +20,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import cast
 
 from tests.progs.stream import blocks
 
-ECHO, GREET, EXCHANGE, SINK, FAREWELL, RESET, SLOW, SILENT, WHOAMI, DATAGRAM = range(7001, 7011)
+ECHO, GREET, EXCHANGE, SINK, FAREWELL, RESET, SLOW, SILENT, WHOAMI, DATAGRAM, EXEMPT = range(
+    7001, 7012
+)
 CHUNK_BYTES = 256 * 1024
 
 _output = threading.Lock()
@@ -57,7 +61,8 @@ def exchange(conn: socket.socket) -> dict[str, object]:
     side. Answer: BYTES bytes of the stream SEED, then, after the client's end,
     one JSON line with the count and digest of what came.
     """
-    reader = conn.makefile("rb", buffering=CHUNK_BYTES)
+    # makefile() with a buffer gives a BufferedReader; its declared type is wider.
+    reader = cast("io.BufferedReader", conn.makefile("rb", buffering=CHUNK_BYTES))
     size, seed = map(int, reader.readline().split())
     sender = threading.Thread(target=_send_stream, args=(conn, size, seed))
     sender.start()
@@ -142,6 +147,8 @@ SERVICES: dict[str, tuple[int, Callable[[socket.socket], dict[str, object]]]] = 
     "slow": (SLOW, slow),
     "silent": (SILENT, silent),
     "whoami": (WHOAMI, whoami),
+    # Echo on the port that the tests' agents are told to leave alone.
+    "exempt": (EXEMPT, echo),
 }
 NAME = "server"
 
