@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+// Hook: cgroup/connect4, on the cgroup v2 root. Runs once per connect() of an
+// IPv4 socket, before the source address is chosen. Not run for the subflows
+// of an MPTCP socket: TC takes those.
+// Does: marks a pod's socket when its destination is in the mesh, so that the
+// pod's policy route hands the SYN to the outbound listener. The address is
+// never rewritten: getpeername() in the app and getsockname() in the agent
+// both stay true.
+// Reads: user_ip4, user_port, protocol, sk, the netns cookie.
+// Maps: pods, pod_config, addresses, exempt_ports, exempt_cidrs, mesh,
+// heartbeat, listeners; writes decisions, captured.
+// Returns: 1 (let connect proceed), or 0 with -ECONNREFUSED when the pod fails
+// closed and no agent listens.
+// Budget: 4096 verified instructions.
+
+#include <meshbpf/connect.h>
+
+int connect4(struct bpf_sock_addr *ctx)
+{
+    struct address destination;
+
+    map_v4(&destination, ctx->user_ip4);
+    return on_connect(ctx, &destination);
+}

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+// Finds the TCP header of an Ethernet frame at a TC hook. bpf_skb_load_bytes()
+// reads frames whose headers are not linear too, as raw sockets and forwarding
+// make them; direct access would need a pull for those.
+#pragma once
+
+#include "keys.h"
+
+#include <uapi/linux/if_ether.h>
+#include <uapi/linux/ip.h>
+#include <uapi/linux/ipv6.h>
+#include <uapi/linux/pkt_cls.h>
+#include <uapi/linux/tcp.h>
+
+#define IPV4_FRAGMENT bpf_htons(0x3fff) // more fragments, or an offset
+#define IPV6_FRAGMENT bpf_htons(0xfff9)
+#define MAX_EXTENSIONS 6 // more than RFC 8200 ever allows in one packet
+
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
+
+enum kind {
+    NOT_TCP, // and not IP
+    TCP,     // all of struct packet is filled
+    // A fragment, or more extension headers than anyone sends: there may be
+    // TCP in it. Only the addresses of struct packet are filled.
+    OPAQUE,
+};
+
+struct packet {
+    struct flow flow;
+    u32 tcp_offset;
+    u32 sequence; // network order
+    u8 flags;     // TCP_*
+    u8 is_v6;
+};
+
+INLINE enum kind read_tcp(struct __sk_buff *skb, struct packet *p)
+{
+    struct tcphdr tcp;
+
+    if (bpf_skb_load_bytes(skb, p->tcp_offset, &tcp, sizeof(tcp)))
+        return OPAQUE; // shorter than a TCP header: no stack accepts it either
+    p->flow.source_port = tcp.source;
+    p->flow.destination_port = tcp.dest;
+    p->sequence = tcp.seq;
+    p->flags = ((u8 *)&tcp)[13];
+    return TCP;
+}
+
+INLINE enum kind read_v4(struct __sk_buff *skb, struct packet *p)
+{
+    struct iphdr ip;
+
+    if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) || ip.ihl < 5)
+        return NOT_TCP;
+    map_v4(&p->flow.source, ip.saddr);
+    map_v4(&p->flow.destination, ip.daddr);
+    p->is_v6 = 0;
+    if (ip.protocol != IPPROTO_TCP)
+        return NOT_TCP;
+    if (ip.frag_off & IPV4_FRAGMENT)
+        return OPAQUE;
+    p->tcp_offset = ETH_HLEN + ip.ihl * 4;
+    return read_tcp(skb, p);
+}
+
+INLINE enum kind read_v6(struct __sk_buff *skb, struct packet *p)
+{
+    struct ipv6hdr ip;
+    u8 next;
+    u32 offset = ETH_HLEN + sizeof(ip);
+    int i;
+
+    if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)))
+        return NOT_TCP;
+    __builtin_memcpy(&p->flow.source, &ip.saddr, 16);
+    __builtin_memcpy(&p->flow.destination, &ip.daddr, 16);
+    p->is_v6 = 1;
+    next = ip.nexthdr;
+    if (next == IPPROTO_TCP) { // nearly always
+        p->tcp_offset = offset;
+        return read_tcp(skb, p);
+    }
+#pragma unroll
+    for (i = 0; i < MAX_EXTENSIONS; i++) {
+        u8 extension[4];
+
+        if (next == IPPROTO_TCP) {
+            p->tcp_offset = offset;
+            return read_tcp(skb, p);
+        }
+        if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
+            next != IPPROTO_FRAGMENT)
+            return NOT_TCP;
+        if (bpf_skb_load_bytes(skb, offset, extension, sizeof(extension)))
+            return OPAQUE;
+        if (next == IPPROTO_FRAGMENT) {
+            u16 *position = (u16 *)&extension[2];
+
+            if (*position & IPV6_FRAGMENT)
+                return OPAQUE;
+            offset += 8;
+        } else {
+            offset += (extension[1] + 1) * 8;
+        }
+        next = extension[0];
+    }
+    return OPAQUE;
+}
+
+INLINE enum kind read_packet(struct __sk_buff *skb, struct packet *p)
+{
+    if (skb->protocol == bpf_htons(ETH_P_IP))
+        return read_v4(skb, p);
+    if (skb->protocol == bpf_htons(ETH_P_IPV6))
+        return read_v6(skb, p);
+    return NOT_TCP;
+}
+
+// Opens a connection, whatever other flags ride along.
+INLINE int is_opening(const struct packet *p)
+{
+    return (p->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}

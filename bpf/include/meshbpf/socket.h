@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+// What we remember of a socket, in the socket itself: it lives exactly as
+// long, has no limit whose eviction could leak, and only BPF programs and
+// holders of CAP_BPF can write it. A mark, in contrast, may be set by any pod
+// with CAP_NET_RAW, and proves nothing.
+#pragma once
+
+#include "base.h"
+
+// `agent_sockets` is written by the agent, by bpf(2), before connect().
+INLINE int is_agent_socket(struct bpf_sock *sk)
+{
+    return bpf_sk_storage_get(map_handle(MAP_AGENT_SOCKETS), sk, 0, 0) != 0;
+}
+
+// A flow captured once goes to the agent until it ends: when the agent has
+// died the pod's own stack answers with RST, and no byte leaves in the clear.
+INLINE int is_captured(struct bpf_sock *sk)
+{
+    return bpf_sk_storage_get(map_handle(MAP_CAPTURED), sk, 0, 0) != 0;
+}
+
+INLINE int set_captured(struct bpf_sock *sk)
+{
+    return bpf_sk_storage_get(map_handle(MAP_CAPTURED), sk, 0, BPF_SK_STORAGE_GET_F_CREATE) != 0;
+}
+
+INLINE void clear_captured(struct bpf_sock *sk)
+{
+    bpf_sk_storage_delete(map_handle(MAP_CAPTURED), sk);
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+// Hook: TC egress of each captured interface inside the pod, one instance per
+// pod. Runs for every packet that leaves the pod, after routing.
+// Does: captures what the connect hook did not see (no cgroup v2, MPTCP,
+// sockets with a mark of their own or bound to the interface, forwarded
+// traffic), by sending it back up through lo with the steering mark: the pod's
+// policy route then makes it local and sk_lookup hands it to the listener.
+// Refuses with RST what must not leave while no agent answers.
+// Reads: headers, skb->sk and its storage.
+// Maps: pod_config, addresses, exempt_ports, exempt_cidrs, mesh, heartbeat,
+// listeners, agent_sockets; writes decisions, captured.
+// Returns: TC_ACT_OK (leaves as it is), a redirect, or TC_ACT_SHOT.
+// Budget: 8192 verified instructions.
+//
+// A flow is captured or direct for its whole life. For a local socket its
+// storage says which; packets without one (forwarded, or sent by the stack's
+// control socket) belong to a captured flow exactly when the netns holds a
+// socket of the agent that takes their destination for its own address. That
+// is a lookup in the kernel's socket table: nothing is evicted from it.
+
+#include <meshbpf/packet.h>
+#include <meshbpf/reset.h>
+#include <meshbpf/socket.h>
+#include <meshbpf/verdict.h>
+
+// The sending TCP socket. Of the stack's control sockets (raw), of packet
+// sockets and of request and TIME_WAIT sockets we know nothing.
+INLINE struct bpf_sock *sender_of(struct __sk_buff *skb)
+{
+    struct bpf_sock *sk = skb->sk;
+
+    if (!sk)
+        return 0;
+    sk = bpf_sk_fullsock(sk);
+    if (!sk || sk->protocol != IPPROTO_TCP || sk->type != SOCK_STREAM)
+        return 0;
+    return sk;
+}
+
+// eth_type_trans() takes a frame for this host's when its destination is the
+// device's own address, and lo's is zero: no second program on lo is needed.
+INLINE int to_loopback(struct __sk_buff *skb)
+{
+    u8 nobody[ETH_ALEN] = {};
+
+    if (bpf_skb_store_bytes(skb, 0, nobody, sizeof(nobody), 0))
+        return TC_ACT_SHOT;
+    skb->mark = STEER_MARK;
+    return bpf_redirect(LOOPBACK_IFINDEX, BPF_F_INGRESS);
+}
+
+INLINE int agent_holds(struct __sk_buff *skb, const struct packet *p)
+{
+    struct bpf_sock_tuple tuple = {};
+    struct bpf_sock *sk;
+    int holds;
+
+    if (p->is_v6) {
+        __builtin_memcpy(tuple.ipv6.saddr, &p->flow.source, 16);
+        __builtin_memcpy(tuple.ipv6.daddr, &p->flow.destination, 16);
+        tuple.ipv6.sport = p->flow.source_port;
+        tuple.ipv6.dport = p->flow.destination_port;
+        sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+    } else {
+        tuple.ipv4.saddr = p->flow.source.word[3];
+        tuple.ipv4.daddr = p->flow.destination.word[3];
+        tuple.ipv4.sport = p->flow.source_port;
+        tuple.ipv4.dport = p->flow.destination_port;
+        sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+    }
+    if (!sk)
+        return 0;
+    holds = sk->state != BPF_TCP_LISTEN;
+    bpf_sk_release(sk);
+    return holds;
+}
+
+INLINE int open_connection(struct __sk_buff *skb, struct packet *p, struct bpf_sock *sk, u32 pod)
+{
+    switch (judge(pod, &p->flow.destination, bpf_ntohs(p->flow.destination_port))) {
+    case REFUSE:
+        return refuse(skb, p);
+    case CAPTURE:
+        if (sk && !set_captured(sk)) {
+            count(DECISION_NO_MEMORY);
+            return TC_ACT_SHOT; // the SYN will come again
+        }
+        count(DECISION_CAPTURED_BY_TC);
+        return to_loopback(skb);
+    case LEAVE_ALONE:
+        break;
+    }
+    if (sk)
+        clear_captured(sk); // the socket may have been used before
+    return TC_ACT_OK;
+}
+
+int pod_egress(struct __sk_buff *skb)
+{
+    struct packet packet = {};
+    struct bpf_sock *sk = sender_of(skb);
+    u32 pod = this_pod();
+    enum kind kind;
+
+    if (sk && is_agent_socket(sk)) {
+        count(DECISION_AGENT_SOCKET);
+        return TC_ACT_OK;
+    }
+    kind = read_packet(skb, &packet);
+    if (kind == NOT_TCP)
+        return TC_ACT_OK;
+    if (kind == TCP && is_opening(&packet))
+        return open_connection(skb, &packet, sk, pod);
+    if (sk) {
+        // Not captured when it was opened: direct, or older than the attach.
+        if (!is_captured(sk))
+            return TC_ACT_OK;
+        count(DECISION_REDIRECTED);
+        return to_loopback(skb);
+    }
+    if (kind == OPAQUE) {
+        if (judge(pod, &packet.flow.destination, 0) == LEAVE_ALONE)
+            return TC_ACT_OK;
+        count(DECISION_OPAQUE);
+        return TC_ACT_SHOT;
+    }
+    if (!agent_holds(skb, &packet))
+        return TC_ACT_OK;
+    count(DECISION_REDIRECTED);
+    return to_loopback(skb);
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+// Hook: sk_lookup, on the pod's netns, one instance per pod. Runs when TCP
+// looks for a listener (a SYN, or a segment whose connection is gone), never
+// for packets of established connections.
+// Does: hands connections to the agent's listeners, whatever address and port
+// those are bound to; the accepted socket keeps both original addresses.
+// Reads: family, protocol, both addresses and ports, the arriving interface.
+// Maps: pod_config, addresses, exempt_*, probes, heartbeat, listeners; writes
+// decisions.
+// Returns: SK_PASS (assigned, or the stack's own lookup goes on), SK_DROP (the
+// sender gets RST at once).
+// Budget: 4096 verified instructions.
+//
+// The order matters:
+//  lo, foreign destination: a captured outbound connection. Never passed on,
+//    in no mode: the stack would give it to the pod's own 0.0.0.0:80.
+//  lo, own destination: the pod talking to itself, or the agent to the app.
+//  own source, from anywhere: also the pod talking to itself; the stack
+//    reports the interface that owns the address, not lo. Its port 15008 is
+//    the agent's: a service may choose the calling pod as its endpoint.
+//  exempt interface, port, CIDR; a probe of a host process: left alone.
+//  the rest: 15008 is HBONE, all else plaintext inbound.
+
+#include <meshbpf/pod.h>
+
+// A probe's SYNs all refresh its entry; later the address and port may be
+// anybody's.
+#define PROBE_VALID_NS 10000000000ULL
+
+INLINE int hand_over(struct bpf_sk_lookup *ctx, u32 pod, u16 role)
+{
+    struct bpf_sock *listener;
+    long error;
+
+    if (!agent_beats())
+        return -1;
+    listener = find_listener(pod, role, ctx->family);
+    if (!listener)
+        return -1;
+    // NO_REUSEPORT: during a handover the slot, not a hash, picks the listener.
+    error = bpf_sk_assign(ctx, listener, BPF_SK_LOOKUP_F_NO_REUSEPORT);
+    bpf_sk_release(listener);
+    return error;
+}
+
+INLINE int is_probe(const struct address *remote, const struct address *local, u16 remote_port,
+                    u32 local_port)
+{
+    struct flow key = {
+        .source = *remote,
+        .destination = *local,
+        .source_port = remote_port,
+        .destination_port = bpf_htons(local_port),
+    };
+    u64 *seen_ns = map_find(MAP_PROBES, &key);
+
+    return seen_ns && (s64)(bpf_ktime_get_ns() - *seen_ns) < (s64)PROBE_VALID_NS;
+}
+
+int sk_lookup(struct bpf_sk_lookup *ctx)
+{
+    struct address remote, local;
+    u32 pod = this_pod(), flags, port = ctx->local_port;
+    u16 role;
+
+    if (ctx->protocol != IPPROTO_TCP)
+        return SK_PASS;
+    flags = pod_flags(pod);
+    if (!(flags & POD_ATTACHED))
+        return SK_PASS;
+    if (ctx->family == AF_INET) {
+        u32 remote_v4 = ctx->remote_ip4, local_v4 = ctx->local_ip4;
+
+        // Without this clang merges the loads of both branches into one, from
+        // an offset that it computes; of a context the verifier refuses that.
+        asm volatile("" : "+r"(remote_v4), "+r"(local_v4));
+        map_v4(&remote, remote_v4);
+        map_v4(&local, local_v4);
+    } else {
+        remote.word[0] = ctx->remote_ip6[0];
+        remote.word[1] = ctx->remote_ip6[1];
+        remote.word[2] = ctx->remote_ip6[2];
+        remote.word[3] = ctx->remote_ip6[3];
+        local.word[0] = ctx->local_ip6[0];
+        local.word[1] = ctx->local_ip6[1];
+        local.word[2] = ctx->local_ip6[2];
+        local.word[3] = ctx->local_ip6[3];
+    }
+
+    if (ctx->ingress_ifindex == LOOPBACK_IFINDEX) {
+        if (is_loopback(&local) || is_own_address(pod, &local))
+            return SK_PASS;
+        if (hand_over(ctx, pod, ROLE_OUTBOUND)) {
+            count(DECISION_REFUSED_OUTBOUND_SOCKET);
+            return SK_DROP;
+        }
+        count(DECISION_OUTBOUND);
+        return SK_PASS;
+    }
+    if (flags & POD_LEAVING)
+        return SK_PASS;
+    if (is_own_address(pod, &remote) && port != HBONE_PORT)
+        return SK_PASS;
+    if (flags & POD_EXEMPT_INTERFACES) {
+        struct pod_interface key = {.pod = pod, .ifindex = ctx->ingress_ifindex};
+
+        if (map_find(MAP_EXEMPT_IFACES, &key)) {
+            count(DECISION_EXEMPT_IN);
+            return SK_PASS;
+        }
+    }
+    if (is_exempt_port(pod, flags, port) || is_exempt_address(pod, flags, &remote)) {
+        count(DECISION_EXEMPT_IN);
+        return SK_PASS;
+    }
+    if (is_probe(&remote, &local, ctx->remote_port, port)) {
+        count(DECISION_PROBE);
+        return SK_PASS;
+    }
+    role = port == HBONE_PORT ? ROLE_HBONE : ROLE_INBOUND;
+    if (hand_over(ctx, pod, role) == 0) {
+        count(role == ROLE_HBONE ? DECISION_HBONE : DECISION_INBOUND);
+        return SK_PASS;
+    }
+    if (flags & POD_FAIL_OPEN) {
+        count(DECISION_OPEN_IN);
+        return SK_PASS;
+    }
+    count(DECISION_REFUSED_INBOUND);
+    return SK_DROP;
+}
