@@ -1,0 +1,50 @@
+"""A pod of this node as the forwarder sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.runtime.pool import TunnelPool
+
+from meshbpf.agent.core.address import IPAddress
+from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.runtime.sockets import SocketFactory
+
+
+@dataclass(slots=True, eq=False)
+class LocalPod:
+    """One attached pod: who it is, where it lives, and its pool of tunnels."""
+
+    namespace: str
+    name: str
+    service_account: str
+    addresses: frozenset[IPAddress]
+    """The pod's own addresses; HBONE may ask for these and no others."""
+    sockets: SocketFactory
+    index: int = 0
+    """The number by which the kernel programs know the pod."""
+    pool: TunnelPool = field(default_factory=TunnelPool)
+
+    @property
+    def key(self) -> str:
+        """NS/NAME, as every log line and command names it."""
+        return f"{self.namespace}/{self.name}"
+
+    def workload(self, mesh: Snapshot) -> Workload | None:
+        """What the mesh state says of this pod, or None when it does not know it (yet).
+
+        The service account must agree: a pod must never be given the
+        certificate of another account because a name was reused.
+        """
+        found = [
+            workload
+            for workload in mesh.workload_named(self.namespace, self.name)
+            if workload.service_account == self.service_account
+        ]
+        # The same name on two networks or clusters is two workloads; ours is
+        # the one that has this pod's address.
+        for workload in found:
+            if not self.addresses.isdisjoint(workload.addresses):
+                return workload
+        return found[0] if len(found) == 1 else None

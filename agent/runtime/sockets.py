@@ -1,0 +1,102 @@
+"""The sockets of the data plane: what the forwarder needs made for it, and their options.
+
+Listeners, dials and the spoofed dial to an app are all opened inside a pod's
+network namespace, and the kernel programs must know them for the agent's own,
+else they would be captured again. Both are the datapath's business; the
+forwarder sees only `SocketFactory`.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from typing import Protocol
+
+import trio
+
+from meshbpf.agent.core.address import IPAddress, SocketAddress
+from meshbpf.agent.core.errors import MeshbpfError
+
+CONNECT_TIMEOUT_S = 10.0
+"""As ztunnel's; fixed there too."""
+KEEPALIVE_IDLE_S = 180
+KEEPALIVE_INTERVAL_S = 180
+KEEPALIVE_PROBES = 9
+
+_LINGER_RESET = struct.pack("ii", 1, 0)
+
+
+class DialError(MeshbpfError):
+    """A TCP connection that could not be made."""
+
+
+class SocketFactory(Protocol):
+    """Makes non-blocking sockets in one pod's network namespace, known to the kernel as ours."""
+
+    def listener(self, role: int, family: int) -> socket.socket:
+        """A listening socket for `role` (see datapath.steering.Role)."""
+        ...
+
+    def outbound(self, family: int) -> socket.socket:
+        """An unbound socket for dialing out of the pod."""
+        ...
+
+    def to_app(self, family: int, client: IPAddress | None) -> socket.socket:
+        """A socket for dialing the pod's app, bound to the client's address when given.
+
+        None, or a client that is the pod itself, means an ordinary source.
+        """
+        ...
+
+
+def family_of(ip: IPAddress) -> socket.AddressFamily:
+    """The socket family of an address."""
+    return socket.AF_INET if ip.version == 4 else socket.AF_INET6
+
+
+def prepare(sock: socket.socket) -> None:
+    """Set what every data socket has: no delay, keepalive 180/180/9, non-blocking."""
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+
+
+def reset(sock: socket.socket) -> None:
+    """Close with a TCP reset, dropping what is unsent. Harmless on a closed socket."""
+    if sock.fileno() < 0:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    sock.close()
+
+
+def peer_address(sock: socket.socket) -> SocketAddress:
+    """Who is at the other end. Raises OSError (ENOTCONN) when it has gone already."""
+    return SocketAddress.from_sockaddr(sock.getpeername())
+
+
+def local_address(sock: socket.socket) -> SocketAddress:
+    """Our end. On a captured connection: what the client dialed."""
+    return SocketAddress.from_sockaddr(sock.getsockname())
+
+
+async def connect(sock: socket.socket, target: SocketAddress) -> None:
+    """Connect `sock`, in at most CONNECT_TIMEOUT_S.
+
+    Raises DialError; the socket stays the caller's to close, also when
+    cancelled.
+    """
+    result = sock.connect_ex((str(target.ip), target.port))
+    if result == errno.EINPROGRESS:
+        with trio.move_on_after(CONNECT_TIMEOUT_S) as scope:
+            await trio.lowlevel.wait_writable(sock)
+        if scope.cancelled_caught:
+            result = errno.ETIMEDOUT
+        else:
+            result = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if result:
+        reason = errno.errorcode.get(result, str(result))
+        raise DialError("connect-failed", f"connect to {target}: {reason}")

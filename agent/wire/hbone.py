@@ -1,0 +1,450 @@
+"""An HBONE connection without I/O: bytes in, events out; calls in, bytes out.
+
+Who owns what:
+
+| frames | owner |
+|---|---|
+| SETTINGS, HEADERS, CONTINUATION, PING, PRIORITY | the h2 library (h2state.py) |
+| DATA, padding, WINDOW_UPDATE, both windows, GOAWAY | this file |
+| END_STREAM, RST_STREAM | this file acts, h2 is told |
+
+Rules that hold throughout:
+1. `receive` takes any cut of the byte stream and returns events in order.
+2. What is to be sent gathers in `out`, but for DATA: its header is written
+   straight into the caller's buffer, in front of the payload, and the caller
+   sends `out` first.
+3. A fault of the whole connection raises PeerFault, once; send `go_away` and
+   close. A fault of one stream resets that stream and is an event.
+4. Received bytes are credited to the peer by `credit` alone, after they have
+   left for good, also when their stream has gone in the meantime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import h2.events
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes
+
+from meshbpf.agent.wire.errors import PeerFault, UsageFault
+from meshbpf.agent.wire.events import (
+    DataReceived,
+    Event,
+    GoAwayReceived,
+    Headers,
+    PingAnswered,
+    RequestReceived,
+    ResponseReceived,
+    SendWindowOpened,
+    SettingsReceived,
+    StreamEnded,
+    StreamReset,
+)
+from meshbpf.agent.wire.frames import (
+    FLAG_END_STREAM,
+    HEADER_BYTES,
+    Data,
+    Frame,
+    FrameSplitter,
+    FrameType,
+    header,
+    write_header,
+)
+from meshbpf.agent.wire.h2state import (
+    CONNECTION_WINDOW_BYTES,
+    MAX_FRAME_BYTES,
+    SERVER_MAX_STREAMS,
+    STREAM_WINDOW_BYTES,
+    H2State,
+)
+from meshbpf.agent.wire.headers import read_request, read_status
+from meshbpf.agent.wire.windows import (
+    DEFAULT_WINDOW_BYTES,
+    ReceiveWindow,
+    SendWindow,
+    WindowOverflowError,
+)
+
+EARLY_RESET_LIMIT = 1000
+"""Streams that a client may reset unanswered, beyond those that it lets be answered."""
+_DEFAULT_MAX_FRAME_BYTES = 16384
+_NO_STREAM_LIMIT = 2**31 - 1
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    send: SendWindow
+    receive: ReceiveWindow = field(default_factory=lambda: ReceiveWindow(STREAM_WINDOW_BYTES))
+    answered: bool = False
+    """Server: we answered. Client: the peer did."""
+    local_ended: bool = False
+    remote_ended: bool = False
+
+
+class HboneConnection:
+    """Either end of a tunnel."""
+
+    def __init__(self, *, server: bool) -> None:
+        self._server = server
+        self._h2 = H2State(server=server)
+        self._splitter = FrameSplitter(server=server, max_frame_bytes=MAX_FRAME_BYTES)
+        self._streams: dict[int, _Stream] = {}
+        self._send = SendWindow(DEFAULT_WINDOW_BYTES)
+        self._receive = ReceiveWindow(CONNECTION_WINDOW_BYTES)
+        self._peer_initial_window = DEFAULT_WINDOW_BYTES
+        self._next_stream_id = 1
+        self._highest_seen = 0
+        """The highest stream id that either side has opened."""
+        self._early_resets = 0
+        self.max_frame_bytes = _DEFAULT_MAX_FRAME_BYTES
+        """The longest DATA payload that the peer takes."""
+        self.max_streams = _NO_STREAM_LIMIT
+        """The peer's limit on streams that we open."""
+        self.going_away = False
+        """Either side has said GOAWAY: no new streams."""
+        self.out = bytearray()
+        """What is to be sent next. The driver empties it."""
+
+    # --- calls ------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin: preface, SETTINGS, and the connection window beyond its default."""
+        self._h2.initiate_connection()
+        self._take_h2_output()
+        self._window_update(0, CONNECTION_WINDOW_BYTES - DEFAULT_WINDOW_BYTES)
+
+    @property
+    def stream_count(self) -> int:
+        """Streams that are open in either direction."""
+        return len(self._streams)
+
+    def open(self, headers: Headers) -> int:
+        """Client: ask for a stream; its id. The answer comes as ResponseReceived."""
+        if self.going_away:
+            raise UsageFault("no stream can be opened after GOAWAY")
+        stream_id = self._next_stream_id
+        if stream_id > self._h2.HIGHEST_ALLOWED_STREAM_ID:
+            raise UsageFault("the stream ids of this tunnel are used up")
+        self._send_headers(stream_id, headers, end_stream=False)
+        self._next_stream_id += 2
+        self._highest_seen = stream_id
+        self._streams[stream_id] = _Stream(SendWindow(self._peer_initial_window))
+        return stream_id
+
+    def respond(self, stream_id: int, headers: Headers, *, end_stream: bool) -> bool:
+        """Server: answer a request; False when the stream has gone.
+
+        With `end_stream` the answer is all: the client is told to stop
+        sending as well.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return False
+        self._send_headers(stream_id, headers, end_stream=end_stream)
+        stream.answered = True
+        self._early_resets = max(self._early_resets - 1, 0)
+        if end_stream:
+            stream.local_ended = True
+            if stream.remote_ended:
+                self._forget(stream_id)
+            else:
+                self.reset(stream_id, ErrorCodes.NO_ERROR)
+        return True
+
+    def send_budget(self, stream_id: int) -> int:
+        """How many payload bytes may be sent on a stream now; 0 or less means wait."""
+        stream = self._streams.get(stream_id)
+        return 0 if stream is None else min(stream.send.available, self._send.available)
+
+    def write_data_header(
+        self, buffer: bytearray | memoryview, offset: int, stream_id: int, size: int
+    ) -> None:
+        """Account for `size` bytes of payload and put their frame header at `offset`.
+
+        At most `send_budget`, at most `max_frame_bytes`.
+        """
+        stream = self._streams[stream_id]
+        stream.send.use(size)
+        self._send.use(size)
+        write_header(buffer, offset, size, FrameType.DATA, 0, stream_id)
+
+    def send_data(self, stream_id: int, payload: bytes) -> None:
+        """The slow way to send: copy one frame's payload to `out`."""
+        head = bytearray(HEADER_BYTES)
+        self.write_data_header(head, 0, stream_id, len(payload))
+        self.out += head
+        self.out += payload
+
+    def end(self, stream_id: int) -> None:
+        """Send no more on this stream. Nothing happens when it has gone."""
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.local_ended:
+            return
+        stream.local_ended = True
+        self._h2.end_stream(stream_id)
+        self._take_h2_output()
+        if stream.remote_ended:
+            self._forget(stream_id)
+
+    def reset(self, stream_id: int, error_code: ErrorCodes) -> None:
+        """End a stream in both directions. Nothing happens when it has gone."""
+        if self._streams.pop(stream_id, None) is None:
+            return
+        try:
+            self._h2.reset_stream(stream_id, error_code)
+        except ProtocolError as error:
+            raise UsageFault(f"stream {stream_id} cannot be reset: {error}") from error
+        self._take_h2_output()
+        self._h2.forget(stream_id)
+
+    def credit(self, stream_id: int, size: int) -> None:
+        """`size` payload bytes have left for good: the peer may send as many again."""
+        increment = self._receive.credit(size)
+        if increment:
+            self._window_update(0, increment)
+        stream = self._streams.get(stream_id)
+        if stream is not None and not stream.remote_ended:
+            increment = stream.receive.credit(size)
+            if increment:
+                self._window_update(stream_id, increment)
+
+    def ping(self, payload: bytes) -> None:
+        """Ask for a sign of life; PingAnswered follows. 8 bytes of payload."""
+        self._h2.ping(payload)
+        self._take_h2_output()
+
+    def go_away(self, error_code: ErrorCodes) -> None:
+        """Take no new streams; those that are open go on unless the driver closes."""
+        self.going_away = True
+        last = self._h2.highest_inbound_stream_id
+        payload = last.to_bytes(4, "big") + int(error_code).to_bytes(4, "big")
+        self.out += header(len(payload), FrameType.GOAWAY, 0, 0) + payload
+
+    # --- receiving --------------------------------------------------------
+
+    def receive(self, data: memoryview) -> list[Event]:
+        """Act on received plaintext. Views in events point into `data`.
+
+        Raises PeerFault; the events before the fault are lost, for the
+        connection is.
+        """
+        events: list[Event] = []
+        gathering: DataReceived | None = None
+        size = 0
+        for piece in self._splitter.feed(data):
+            if isinstance(piece, Frame):
+                gathering = None
+                events.extend(self._on_frame(piece))
+                continue
+            if self._accept_data(piece, events) and piece.payload:
+                # Pieces of one stream in a row become one event: one send.
+                size = len(piece.payload)
+                if gathering is not None and gathering.stream_id == piece.stream_id:
+                    gathering.views.append(piece.payload)
+                    gathering = _longer(events, gathering, size)
+                else:
+                    gathering = DataReceived(piece.stream_id, [piece.payload], size)
+                    events.append(gathering)
+            if piece.ends_stream and piece.stream_id in self._streams:
+                gathering = None
+                events.extend(self._h2_events(self._h2.feed_end_of_data(piece.stream_id)))
+        return events
+
+    def _accept_data(self, piece: Data, events: list[Event]) -> bool:
+        """Account for a piece of DATA; False when its stream does not take it."""
+        if piece.announced and not self._receive.take(piece.announced):
+            raise PeerFault(ErrorCodes.FLOW_CONTROL_ERROR, "more DATA than the connection's window")
+        stream = self._streams.get(piece.stream_id)
+        if stream is None:
+            if piece.stream_id > self._highest_seen:
+                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "DATA on a stream that was never opened")
+            # It was on its way when the stream ended: drop it, but keep the
+            # connection's window whole.
+            self.credit(piece.stream_id, piece.padding + len(piece.payload))
+            return False
+        fault = None
+        if stream.remote_ended:
+            fault = ErrorCodes.STREAM_CLOSED
+        elif not self._server and not stream.answered:
+            fault = ErrorCodes.PROTOCOL_ERROR
+        elif piece.announced and not stream.receive.take(piece.announced):
+            fault = ErrorCodes.FLOW_CONTROL_ERROR
+        if fault is not None:
+            self.reset(piece.stream_id, fault)
+            events.append(StreamReset(piece.stream_id, fault, by_peer=False))
+            self.credit(piece.stream_id, piece.padding + len(piece.payload))
+            return False
+        if piece.padding:
+            self.credit(piece.stream_id, piece.padding)
+        return True
+
+    def _on_frame(self, frame: Frame) -> Iterator[Event]:
+        if frame.type == FrameType.WINDOW_UPDATE:
+            return self._on_window_update(frame)
+        if frame.type == FrameType.GOAWAY:
+            return self._on_go_away(frame)
+        return self._h2_events(self._h2.feed(frame.raw))
+
+    def _on_window_update(self, frame: Frame) -> Iterator[Event]:
+        payload = frame.payload
+        if len(payload) != 4:
+            raise PeerFault(ErrorCodes.FRAME_SIZE_ERROR, "WINDOW_UPDATE is not 4 bytes long")
+        increment = int.from_bytes(payload, "big") & 0x7FFFFFFF
+        stream_id = frame.stream_id
+        if stream_id == 0:
+            if increment == 0:
+                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "WINDOW_UPDATE by 0")
+            try:
+                self._send.change(increment)
+            except WindowOverflowError:
+                raise PeerFault(
+                    ErrorCodes.FLOW_CONTROL_ERROR, "the connection's window passes 2^31-1"
+                ) from None
+            yield SendWindowOpened(0)
+            return
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            if stream_id > self._highest_seen:
+                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream")
+            return
+        fault = ErrorCodes.PROTOCOL_ERROR if increment == 0 else None
+        try:
+            stream.send.change(increment)
+        except WindowOverflowError:
+            fault = ErrorCodes.FLOW_CONTROL_ERROR
+        if fault is not None:
+            self.reset(stream_id, fault)
+            yield StreamReset(stream_id, fault, by_peer=False)
+        else:
+            yield SendWindowOpened(stream_id)
+
+    def _on_go_away(self, frame: Frame) -> Iterator[Event]:
+        payload = frame.payload
+        if len(payload) < 8:
+            raise PeerFault(ErrorCodes.FRAME_SIZE_ERROR, "GOAWAY is shorter than 8 bytes")
+        last = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
+        error_code = int.from_bytes(payload[4:8], "big")
+        self.going_away = True
+        yield GoAwayReceived(last, error_code)
+        if not self._server:
+            for stream_id in [each for each in self._streams if each > last]:
+                self._forget(stream_id)
+                yield StreamReset(stream_id, ErrorCodes.REFUSED_STREAM, by_peer=True)
+
+    def _h2_events(self, events: list[h2.events.Event]) -> Iterator[Event]:
+        """Translate what h2 saw; what it answered goes out."""
+        self._take_h2_output()
+        for event in events:
+            match event:
+                case h2.events.RequestReceived():
+                    yield from self._on_request(event)
+                case h2.events.ResponseReceived():
+                    yield from self._on_response(event)
+                case h2.events.StreamEnded(stream_id=stream_id):
+                    yield from self._on_stream_ended(stream_id)
+                case h2.events.StreamReset():
+                    yield from self._on_stream_reset(event)
+                case h2.events.RemoteSettingsChanged():
+                    yield self._on_settings(event)
+                case h2.events.PingAckReceived():
+                    yield PingAnswered()
+                case _:
+                    pass  # answered by h2 itself (PING, our SETTINGS acknowledged) or ignored
+
+    def _on_request(self, event: h2.events.RequestReceived) -> Iterator[Event]:
+        stream_id = event.stream_id
+        self._highest_seen = max(self._highest_seen, stream_id)
+        stream = _Stream(SendWindow(self._peer_initial_window))
+        self._streams[stream_id] = stream
+        if self.going_away or len(self._streams) > SERVER_MAX_STREAMS:
+            # The client may try again elsewhere: we did nothing with it.
+            self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
+            return
+        headers: Headers = tuple((bytes(name), bytes(value)) for name, value in event.headers)
+        line = read_request(headers)
+        yield RequestReceived(stream_id, line.method, line.authority, headers, line.well_formed)
+
+    def _on_response(self, event: h2.events.ResponseReceived) -> Iterator[Event]:
+        stream_id = event.stream_id
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        headers: Headers = tuple((bytes(name), bytes(value)) for name, value in event.headers)
+        status = read_status(headers)
+        if status == 0:
+            self.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
+            yield StreamReset(stream_id, ErrorCodes.PROTOCOL_ERROR, by_peer=False)
+            return
+        stream.answered = True
+        yield ResponseReceived(stream_id, status, headers)
+
+    def _on_stream_ended(self, stream_id: int) -> Iterator[Event]:
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            return
+        stream.remote_ended = True
+        if stream.local_ended:
+            self._forget(stream_id)
+        yield StreamEnded(stream_id)
+
+    def _on_stream_reset(self, event: h2.events.StreamReset) -> Iterator[Event]:
+        stream_id = event.stream_id
+        stream = self._streams.get(stream_id)
+        self._forget(stream_id)
+        if stream is None:
+            return
+        if self._server and not stream.answered:
+            # "Rapid reset": opening and dropping streams costs the client
+            # nothing and us a dial each.
+            self._early_resets += 1
+            if self._early_resets > EARLY_RESET_LIMIT:
+                raise PeerFault(ErrorCodes.ENHANCE_YOUR_CALM, "too many streams reset unanswered")
+        yield StreamReset(stream_id, int(event.error_code or 0), bool(event.remote_reset))
+
+    def _on_settings(self, event: h2.events.RemoteSettingsChanged) -> Event:
+        changed = event.changed_settings
+        window = changed.get(SettingCodes.INITIAL_WINDOW_SIZE)
+        if window is not None:
+            delta = window.new_value - self._peer_initial_window
+            self._peer_initial_window = window.new_value
+            try:
+                for stream in self._streams.values():
+                    stream.send.change(delta)
+            except WindowOverflowError:
+                raise PeerFault(
+                    ErrorCodes.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE makes a window overflow"
+                ) from None
+        remote = self._h2.remote_settings
+        self.max_frame_bytes = remote.max_frame_size
+        self.max_streams = min(int(remote.max_concurrent_streams), _NO_STREAM_LIMIT)
+        return SettingsReceived(self.max_streams)
+
+    # --- helpers ----------------------------------------------------------
+
+    def _send_headers(self, stream_id: int, headers: Headers, *, end_stream: bool) -> None:
+        try:
+            self._h2.send_headers(stream_id, headers, end_stream=end_stream)
+        except ProtocolError as error:
+            raise UsageFault(f"HEADERS on stream {stream_id}: {error}") from error
+        self._take_h2_output()
+
+    def _take_h2_output(self) -> None:
+        self.out += self._h2.data_to_send()
+
+    def _window_update(self, stream_id: int, increment: int) -> None:
+        self.out += header(4, FrameType.WINDOW_UPDATE, 0, stream_id)
+        self.out += increment.to_bytes(4, "big")
+
+    def _forget(self, stream_id: int) -> None:
+        self._streams.pop(stream_id, None)
+        self._h2.forget(stream_id)
+
+
+def _longer(events: list[Event], gathered: DataReceived, more: int) -> DataReceived:
+    """Replace the last event by one that counts `more` bytes (events are frozen)."""
+    longer = DataReceived(gathered.stream_id, gathered.views, gathered.size + more)
+    events[-1] = longer
+    return longer

@@ -1,0 +1,120 @@
+"""The header fields of HBONE: building ours, reading the peer's.
+
+Names and forms are those that ztunnel sends and expects. A request is
+judged here and not by the h2 library, so that a bad one costs its stream (400)
+and not the whole tunnel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshbpf.agent.core.address import SocketAddress
+from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.wire.events import Headers
+
+_PSEUDO_OF_CONNECT = frozenset({b":method", b":authority"})
+# RFC 9113, section 8.2.2; a content-length on CONNECT has no meaning
+# (RFC 9110, section 8.6) and h2 would hold the tunnel's bytes against it.
+_FORBIDDEN = frozenset(
+    {
+        b"connection",
+        b"proxy-connection",
+        b"keep-alive",
+        b"transfer-encoding",
+        b"upgrade",
+        b"content-length",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLine:
+    """What a header list asks for. Missing pseudo-headers are empty."""
+
+    method: bytes
+    authority: bytes
+    well_formed: bool
+
+
+def read_request(headers: Headers) -> RequestLine:
+    """Judge a request by RFC 9113, section 8.3 and 8.5."""
+    pseudo: dict[bytes, bytes] = {}
+    well_formed = True
+    regular_seen = False
+    for name, value in headers:
+        if name.startswith(b":"):
+            if regular_seen or name in pseudo:
+                well_formed = False
+            pseudo[name] = value
+            continue
+        regular_seen = True
+        if name in _FORBIDDEN or name != name.lower() or not name:
+            well_formed = False
+    if pseudo.get(b":method") == b"CONNECT" and pseudo.keys() != _PSEUDO_OF_CONNECT:
+        well_formed = False
+    return RequestLine(
+        method=pseudo.get(b":method", b""),
+        authority=pseudo.get(b":authority", b""),
+        well_formed=well_formed,
+    )
+
+
+def read_status(headers: Headers) -> int:
+    """The status of a response, or 0 when there is none that can be read."""
+    for name, value in headers:
+        if name == b":status":
+            return int(value) if len(value) == 3 and value.isdigit() else 0
+    return 0
+
+
+def connect_request(
+    authority: str, baggage: bytes, source: SocketAddress, host: str | None, traceparent: bytes
+) -> Headers:
+    """The request for one stream. `host` is the service's FQDN when one was dialed."""
+    forwarded = f'for="{source}"' if host is None else f'for="{source}";host={host}'
+    return (
+        (b":method", b"CONNECT"),
+        (b":authority", authority.encode()),
+        (b"baggage", baggage),
+        (b"forwarded", forwarded.encode()),
+        (b"traceparent", traceparent),
+    )
+
+
+def response(status: int, baggage: bytes | None = None) -> Headers:
+    """An answer; only a 200 carries our baggage."""
+    line = (b":status", b"%d" % status)
+    return (line,) if baggage is None else (line, (b"baggage", baggage))
+
+
+def baggage(workload: Workload) -> bytes:
+    """Who a workload is, for the other side's telemetry. Never used for a decision."""
+    locality = workload.locality
+    members = (
+        ("k8s.cluster.name", workload.cluster_id),
+        ("k8s.namespace.name", workload.namespace),
+        (f"k8s.{workload.workload_type.lower() or 'pod'}.name", workload.workload_name),
+        ("service.name", workload.canonical_name),
+        ("service.version", workload.canonical_revision),
+        ("cloud.region", locality.region),
+        ("cloud.availability_zone", locality.zone),
+    )
+    text = ",".join(f"{name}={value}" for name, value in members if value)
+    # A header value may hold visible ASCII and spaces; names from a mesh file
+    # are longer-lived than our trust in them.
+    return "".join(each for each in text if " " <= each <= "~").encode()
+
+
+def traceparent(random_bytes: bytes) -> bytes:
+    """A W3C trace context, version 00, from 24 random bytes; not sampled."""
+    assert len(random_bytes) == 24
+    return b"00-%b-%b-00" % (random_bytes[:16].hex().encode(), random_bytes[16:].hex().encode())
+
+
+def find(headers: Headers, name: bytes) -> bytes | None:
+    """The first value of a field."""
+    for each, value in headers:
+        if each == name:
+            return value
+    return None
