@@ -1,0 +1,206 @@
+"""A ztunnel that somebody else built, running in a node of the testbed.
+
+    ZTUNNEL=PATH make peers      ZTUNNEL=PATH make bench
+
+The binary must be built with `--features testing`: then FAKE_CA makes it issue
+its own certificates from a test CA that stands in its source tree. That CA is
+read when a test runs, from ZTUNNEL_CA=DIR or from the source tree that the
+binary lies in, and never copied into this project. A ztunnel in a node gets its
+pods over ZDS and its mesh from a LOCAL_XDS file, which it reads once, at start.
+
+Its capture is netfilter: the rules below say in iptables-restore's language
+what Istio's node agent sets up in a pod, of which our own pods need none.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tests.peers.zds import ZdsServer
+from tests.progs.inside import NETNS_DIR
+from tests.progs.program import BedError, Program, eventually
+from tests.testbed import TRUST_DOMAIN, Pod, Testbed
+
+READY_LIMIT_S = 15.0
+READINESS_PORT = 15021
+# Where Istio's node agent moves the kubelet's probes to, to tell them apart.
+PROBE_SOURCES = {
+    "iptables": "169.254.7.127/32",
+    "ip6tables": "fd16:9254:7127:1337:ffff:ffff:ffff:ffff/128",
+}
+LOOPBACKS = {"iptables": "127.0.0.1/32", "ip6tables": "::1/128"}
+
+
+@dataclass(frozen=True, slots=True)
+class ZtunnelBuild:
+    """The binary under test and, where it was found, its test CA."""
+
+    binary: Path
+    root_cert: Path | None
+    root_key: Path | None
+
+
+def find_build() -> ZtunnelBuild | None:
+    """What ZTUNNEL and ZTUNNEL_CA name; None when ZTUNNEL is not set or empty."""
+    given = os.environ.get("ZTUNNEL", "")
+    if not given:
+        return None
+    return build_at(Path(given))
+
+
+def build_at(binary: Path) -> ZtunnelBuild:
+    """The build with this binary; BedError when there is none, or no CA where one is said to be."""
+    binary = binary.resolve()
+    if not os.access(binary, os.X_OK) or binary.is_dir():
+        raise BedError(f"ZTUNNEL={binary} is no program")
+    if directory := os.environ.get("ZTUNNEL_CA", ""):
+        places = [Path(directory)]
+    else:
+        places = [parent / "src/tls" for parent in binary.parents]
+    for place in places:
+        cert, key = place / "root-cert.pem", place / "ca-key.pem"
+        if cert.is_file() and key.is_file():
+            return ZtunnelBuild(binary, cert, key)
+    if directory:
+        raise BedError(f"ZTUNNEL_CA={directory} holds no root-cert.pem with a ca-key.pem")
+    return ZtunnelBuild(binary, None, None)
+
+
+class Ztunnel:
+    """One ztunnel in a node's netns. Its process ends with the testbed, or by `stop`."""
+
+    def __init__(self, bed: Testbed, node: int, build: ZtunnelBuild) -> None:
+        self.bed, self.node, self.build = bed, node, build
+        self._zds = ZdsServer(bed.directory / f"zds{node}.sock")
+        self._program: Program | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.program.pid
+
+    @property
+    def program(self) -> Program:
+        if self._program is None:
+            raise BedError(f"the ztunnel of node{self.node} was never started")
+        return self._program
+
+    def start(self, **settings: str) -> None:
+        """Run it with the mesh file as it is now; returns when it is ready."""
+        environment = {
+            "FAKE_CA": "true",
+            "XDS_ADDRESS": "",
+            "CA_ADDRESS": "",
+            "LOCAL_XDS_PATH": str(self._write_mesh()),
+            "NODE_NAME": f"node{self.node}",
+            "INPOD_UDS": str(self._zds.path),
+            "PROXY_MODE": "shared",
+            "RUST_LOG": "warn,access=info",
+        }
+        assignments = [f"{name}={value}" for name, value in (environment | settings).items()]
+        argv = ["env", *assignments, str(self.build.binary)]
+        name, netns = f"ztunnel{self.node}", self.bed.node_netns(self.node)
+        self._program = Program(self.bed.directory, name, netns, argv)
+        self._zds.meet()
+        eventually(f"{name} is ready", self._ready, READY_LIMIT_S)
+
+    def stop(self) -> None:
+        if self._program is not None:
+            self._program.end()
+        self._zds.close()
+
+    def attach(self, pod: Pod) -> None:
+        """Hand the pod over and turn its traffic to ztunnel, as Istio's node agent would."""
+        namespace, name = pod.key.split("/")
+        self._zds.add(pod.key, name, namespace, pod.service_account, NETNS_DIR / pod.netns)
+        for command, listing in (("iptables", "-4"), ("ip6tables", "-6")):
+            self._restore(pod, command)
+            self.bed.run(
+                pod.netns,
+                ["ip", listing, "route", "add", "local", "default", "dev", "lo", "table", "100"],
+            )
+            # What goes back to a client whose address ztunnel has taken on stays in the pod.
+            self.bed.run(
+                pod.netns,
+                ["ip", listing, "rule", "add", "fwmark", "0x111/0xfff", "pref", "32764"]
+                + ["lookup", "100"],
+            )
+
+    def log(self) -> str:
+        return self.program.log.read_text(errors="replace")
+
+    def _restore(self, pod: Pod, command: str) -> None:
+        rules = self.bed.directory / f"{pod.name}.{command}"
+        rules.write_text(capture_rules(command))
+        self.bed.run(pod.netns, [f"{command}-restore", "--noflush", str(rules)])
+
+    def _write_mesh(self) -> Path:
+        """The testbed's mesh, each workload with the trust domain that ztunnel insists on.
+
+        Without one in the file its identities come out as spiffe:///ns/...
+        """
+        mesh = yaml.safe_load(self.bed.mesh_file.read_text())
+        for workload in mesh["workloads"]:
+            workload.setdefault("trustDomain", TRUST_DOMAIN)
+        path = self.bed.directory / f"ztunnel{self.node}.yaml"
+        path.write_text(yaml.safe_dump(mesh, sort_keys=False))
+        return path
+
+    def _ready(self) -> bool:
+        if not self.program.running:
+            raise BedError(f"ztunnel ended:\n{self.program.tail()}")
+        sock = self.bed.socket(self.node, 4)
+        sock.settimeout(2.0)
+        connection = http.client.HTTPConnection("127.0.0.1", READINESS_PORT)
+        try:
+            sock.connect(("127.0.0.1", READINESS_PORT))
+        except (TimeoutError, ConnectionRefusedError):
+            sock.close()
+            return False
+        connection.sock = sock
+        try:
+            connection.request("GET", "/healthz/ready")
+            return connection.getresponse().status == 200
+        finally:
+            connection.close()
+
+
+def capture_rules(command: str) -> str:
+    """The pod's rules for iptables-restore, or ip6tables-restore, by ztunnel's marks and ports.
+
+    ztunnel's own sockets carry mark 0x539. Outbound TCP goes to 15001 and DNS to
+    15053 unless it is ztunnel's or stays on loopback; inbound TCP goes to 15006
+    unless it is HBONE. A connection that ztunnel opens to the app under the
+    client's address is remembered by connection mark 0x111, and the answers to
+    it get that mark back, which sends them to loopback (table 100).
+    """
+    loopback, probes = LOOPBACKS[command], PROBE_SOURCES[command]
+    foreign = "-m mark ! --mark 0x539/0xfff"
+    return f"""\
+*mangle
+:MESH_IN - [0:0]
+:MESH_OUT - [0:0]
+-A PREROUTING -j MESH_IN
+-A OUTPUT -j MESH_OUT
+-A MESH_IN -m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff
+-A MESH_OUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark
+COMMIT
+*nat
+:MESH_IN - [0:0]
+:MESH_OUT - [0:0]
+-A PREROUTING -j MESH_IN
+-A OUTPUT -j MESH_OUT
+-A MESH_IN -s {probes} -p tcp -j ACCEPT
+-A MESH_IN ! -d {loopback} -p tcp ! --dport 15008 {foreign} -j REDIRECT --to-ports 15006
+-A MESH_OUT -d {probes} -p tcp -j ACCEPT
+-A MESH_OUT ! -o lo -p udp {foreign} --dport 53 -j REDIRECT --to-ports 15053
+-A MESH_OUT ! -d {loopback} -p tcp --dport 53 {foreign} -j REDIRECT --to-ports 15053
+-A MESH_OUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT
+-A MESH_OUT ! -d {loopback} -o lo -j ACCEPT
+-A MESH_OUT ! -d {loopback} -p tcp {foreign} -j REDIRECT --to-ports 15001
+COMMIT
+"""
