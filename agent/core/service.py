@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from meshbpf.agent.core.address import IPNetwork
+from meshbpf.agent.core.address import IPAddress, IPNetwork
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.workload import (
     GatewayAddress,
@@ -140,6 +140,15 @@ class Service:
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.hostname}"
+
+    @property
+    def any_family(self) -> bool:
+        """Whether every address of an endpoint may be used."""
+        return self.ip_families in (IPFamilies.AUTOMATIC, IPFamilies.DUAL)
+
+    def accepts(self, ip: IPAddress) -> bool:
+        """Whether this address of an endpoint may be used."""
+        return self.any_family or (ip.version == 4) == (self.ip_families is IPFamilies.IPV4_ONLY)
 
     def visible_to(self, namespace: str) -> bool:
         """Whether a client of `namespace` may find this service."""

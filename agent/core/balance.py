@@ -1,0 +1,163 @@
+"""Which endpoint of a service takes a connection.
+
+Endpoints that cannot serve the port or cannot be reached are out; locality
+narrows the rest as the service asks; of those a random one is taken, weighted
+by capacity. There are no retries, and no endpoint is ejected for failing.
+
+The narrowing is the same for every connection of one source workload's place,
+so it is kept in the snapshot; a pick is then one random number and a bisection.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from meshbpf.agent.core.service import (
+    Endpoint,
+    LoadBalancerMode,
+    LoadBalancerScope,
+    LoadBalancing,
+    Service,
+)
+from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.workload import Workload
+
+_NO_PREFERENCE = LoadBalancing()
+
+# Services times ports times places of local pods; past this the memo starts
+# over, since a scan over many ports of many services must not grow memory.
+_MEMO_LIMIT = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    endpoints: tuple[Endpoint, ...]
+    cumulative: tuple[int, ...]  # running sum of capacities
+
+    def pick(self, rng: random.Random) -> Endpoint | None:
+        total = self.cumulative[-1] if self.cumulative else 0
+        if total == 0:
+            return None
+        return self.endpoints[bisect_right(self.cumulative, int(rng.random() * total))]
+
+
+def pick_endpoint(
+    mesh: Snapshot,
+    source: Workload,
+    service: Service,
+    port: int,
+    rng: random.Random,
+    *,
+    as_waypoint: bool = False,
+) -> Endpoint | None:
+    """An endpoint of `service` for its `port`, or None when none will do.
+
+    `as_waypoint`: the service is a waypoint, whose endpoints may take a port
+    that the service does not list when they have an application tunnel.
+    """
+    balancing = service.load_balancing or _NO_PREFERENCE
+    place = (
+        (source.network, source.locality, source.node, source.cluster_id)
+        if balancing.routing_preference
+        else (source.network,)
+    )
+    key = ("balance", service.namespace, service.hostname, port, as_waypoint, place)
+    memo = mesh.memo
+    candidates: _Candidates | None = memo.get(key)
+    if candidates is None:
+        if len(memo) >= _MEMO_LIMIT:
+            memo.clear()
+        usable = [
+            endpoint
+            for endpoint in mesh.endpoints(service)
+            if _reachable(endpoint.workload, source)
+            and _serves(endpoint, service, port, as_waypoint)
+        ]
+        chosen = _narrow(balancing, source, usable)
+        candidates = _Candidates(
+            tuple(chosen), tuple(accumulate(e.workload.capacity for e in chosen))
+        )
+        memo[key] = candidates
+    return candidates.pick(rng)
+
+
+def target_port(endpoint: Endpoint, service: Service, port: int) -> int | None:
+    """What the service's `port` is at this endpoint: its own mapping, then the service's."""
+    target = endpoint.ports.get(port) or service.ports.get(port)
+    if target:
+        return target
+    tunnel = endpoint.workload.application_tunnel
+    return port if tunnel is not None and tunnel.port is not None else None
+
+
+def _reachable(workload: Workload, source: Workload) -> bool:
+    if workload.network != source.network:
+        return workload.network_gateway is not None
+    return bool(workload.addresses or workload.hostname)
+
+
+def _serves(endpoint: Endpoint, service: Service, port: int, as_waypoint: bool) -> bool:
+    target = service.ports.get(port)
+    if as_waypoint:
+        return target is not None or endpoint.workload.application_tunnel is not None
+    # Target 0 is a named port: each endpoint says what it means there.
+    return target is not None and (target != 0 or port in endpoint.ports)
+
+
+def _narrow(
+    balancing: LoadBalancing, source: Workload, endpoints: Sequence[Endpoint]
+) -> Sequence[Endpoint]:
+    scopes = balancing.routing_preference
+    if balancing.mode is LoadBalancerMode.UNSPECIFIED or not endpoints:
+        return endpoints
+    ranks = [_rank(scopes, source, endpoint.workload) for endpoint in endpoints]
+    if balancing.mode is LoadBalancerMode.STRICT:
+        # An endpoint of another network skips the preferred NETWORK scope, so
+        # it never reaches the full count: strict stays within the network.
+        kept = [(r, e) for r, e in zip(ranks, endpoints, strict=True) if r[0] == len(scopes)]
+    else:
+        kept = list(zip(ranks, endpoints, strict=True))
+    if not kept:
+        return ()
+    best = max(sum(rank) for rank, _ in kept)
+    return [endpoint for rank, endpoint in kept if sum(rank) == best]
+
+
+def _rank(
+    scopes: Sequence[LoadBalancerScope], source: Workload, workload: Workload
+) -> tuple[int, int]:
+    """(how many scopes match in a row, extra weight of a preferred network).
+
+    NETWORK as the first scope is a preference: another network's endpoint is
+    still compared by the other scopes, and one of our own outranks them all.
+    """
+    matched = extra = 0
+    for scope in scopes:
+        if scope is LoadBalancerScope.NETWORK and scopes[0] is LoadBalancerScope.NETWORK:
+            if source.network != workload.network:
+                continue
+            extra = len(scopes) - 1
+        elif not _matches(scope, source, workload):
+            break
+        matched += 1
+    return matched, extra
+
+
+def _matches(scope: LoadBalancerScope, source: Workload, workload: Workload) -> bool:
+    match scope:
+        case LoadBalancerScope.REGION:
+            return source.locality.region == workload.locality.region
+        case LoadBalancerScope.ZONE:
+            return source.locality.zone == workload.locality.zone
+        case LoadBalancerScope.SUBZONE:
+            return source.locality.subzone == workload.locality.subzone
+        case LoadBalancerScope.NODE:
+            return source.node == workload.node
+        case LoadBalancerScope.CLUSTER:
+            return source.cluster_id == workload.cluster_id
+        case LoadBalancerScope.NETWORK:
+            return source.network == workload.network
