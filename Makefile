@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bpf netns peers slow bench fresh-test check clean
+.PHONY: help setup demo test lint types unit bpf netns peers slow bench fresh-test check protos clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,9 @@ fresh-test:  ## demo and tests, twice each, in a minimal Debian 12 under systemd
 
 check: setup  ## what this kernel can do for meshbpf
 	@.venv/bin/meshbpf check
+
+protos:  ## write agent/wire/pb from agent/wire/protos
+	@tools/protos
 
 clean:  ## remove the venv and everything generated
 	rm -rf .venv build dist meshbpf.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
