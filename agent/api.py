@@ -336,6 +336,32 @@ class CertsRequest(Request[CertsResult], frozen=True):
     RESULT: ClassVar[type[Result]] = CertsResult
 
 
+class CertificateInfo(Result, frozen=True):
+    """One certificate of a CA."""
+
+    subject: str
+    serial: str
+    """Hexadecimal."""
+    not_before: datetime
+    not_after: datetime
+    key: str
+    """Kind and size of its public key, for instance `EC secp256r1`."""
+    sha256: str
+    """Fingerprint, hexadecimal."""
+
+
+class CaInfo(Result, frozen=True):
+    """The embedded CA in a folder; what `meshbpf ca` prints. No agent is asked for it."""
+
+    directory: str
+    trust_domain: str
+    """What its certificate says; empty for an imported one that does not say."""
+    issuer: CertificateInfo
+    """The certificate that signs workloads' certificates."""
+    intermediates: tuple[CertificateInfo, ...]
+    roots: tuple[CertificateInfo, ...]
+
+
 class ConnectionInfo(Result, frozen=True):
     """One connection that the agent carries now."""
 

@@ -32,6 +32,7 @@ from meshbpf.agent.wire.tls import WorkloadTls, workload_tls
 
 CLOCK_SKEW = timedelta(seconds=60)
 """Certificates begin this much in the past: the peer's clock may be behind."""
+SHORTEST_LIFE = timedelta(seconds=1)
 RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 150.0
 RETRY_JITTER = 0.2  # the three as ztunnel's
@@ -224,8 +225,9 @@ class CertificateStore:
         renewed = held.tls is not None
         held.tls = tls
         held.serial = f"{x509.load_pem_x509_certificate(chain_pem).serial_number:x}"
-        # The issuer may grant less than was asked for.
-        held.renew_at = started + (tls.not_after - started) / 2
+        # The issuer may grant less than was asked for; near its own end so
+        # much less that half of it must not become a busy loop.
+        held.renew_at = started + max((tls.not_after - started) / 2, SHORTEST_LIFE)
         self._issued += 1
         log.info(
             "certificate renewed" if renewed else "certificate issued",

@@ -57,6 +57,7 @@ class LocalXdsSource:
         self._readable = True
         self._loads = self._refused = 0
         self.loaded_at: datetime | None = None
+        """When the content in force was read: a file written later is not in force yet."""
         self.error: MeshbpfError | None = None
         """Why the newest content is not in force; None when it is."""
 
@@ -75,9 +76,10 @@ class LocalXdsSource:
         before = self._signature()
         if before is None:
             raise self._unreadable(self._why_unreadable())
+        read_at = self._now()
         state = self._parse(self._read())
         self._seen = before
-        self._accept()
+        self._accept(read_at)
         return state
 
     async def watch(self, apply: Callable[[MeshState], Awaitable[None]]) -> None:
@@ -106,6 +108,7 @@ class LocalXdsSource:
         await trio.sleep(SETTLE_S)
         if self._signature() != found:
             return  # being written: look again at the next poll
+        read_at = self._now()
         try:
             text = await trio.to_thread.run_sync(self._read)
             if self._signature() != found:
@@ -121,7 +124,7 @@ class LocalXdsSource:
         except MeshbpfError as error:
             self._refuse(error)
         else:
-            self._accept()
+            self._accept(read_at)
             log.info(
                 "mesh state loaded",
                 file=self._path,
@@ -157,9 +160,9 @@ class LocalXdsSource:
     def _parse(self, text: str) -> MeshState:
         return parse_local_xds(text, self.origin)
 
-    def _accept(self) -> None:
+    def _accept(self, read_at: datetime) -> None:
         self._loads += 1
-        self.loaded_at = self._now()
+        self.loaded_at = read_at
         self.error = None
 
     def _refuse(self, error: MeshbpfError) -> None:

@@ -1,0 +1,168 @@
+"""The sockets that the agent opens inside a pod's network namespace.
+
+A socket belongs to the namespace that its thread was in at socket(2), for
+life; so it is made there, and everything else is done outside. Each one is
+written into socket storage by `protect` before it can send a packet: that,
+and nothing that the pod could set too, tells the kernel programs that it is
+ours. Listeners sit on loopback ports of the kernel's choosing; IP_TRANSPARENT
+lets them take connections whose destination is the original one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from ipaddress import IPv6Address, ip_network
+from pathlib import Path
+
+from meshbpf.agent.datapath.steering import STEER_MARK, OnAgentDown, PodSteering, Role
+
+from meshbpf.agent.core.address import IPAddress
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.datapath.netns import Netns
+from meshbpf.agent.runtime.attachments import Attachment
+from meshbpf.agent.runtime.sockets import prepare
+
+FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+# From linux/in.h and linux/in6.h; the socket module lacks some of them.
+_IP_TRANSPARENT = 19
+_IP_BIND_ADDRESS_NO_PORT = 24
+_IPV6_TRANSPARENT = 75
+
+_LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+_BACKLOG_CEILING = 4096
+
+Listeners = Mapping[tuple[Role, int], socket.socket]
+
+
+class PodSockets:
+    """Implements the forwarder's `SocketFactory` for one pod."""
+
+    def __init__(
+        self,
+        netns: Netns,
+        protect: Callable[[socket.socket], None],
+        own_addresses: frozenset[IPAddress] = frozenset(),
+    ) -> None:
+        self._netns = netns
+        self._protect = protect
+        self.own_addresses = own_addresses
+        """The pod's own: a client with one of these is not spoofed."""
+
+    def listener(self, role: int, family: int) -> socket.socket:
+        """A listening socket on a loopback port of the kernel's choosing."""
+        del role  # all three are made alike; who registers them tells them apart
+        with self._new(family) as sock:
+            _transparent(sock)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((_LOOPBACK[socket.AddressFamily(family)], 0))
+            sock.listen(_backlog())
+            return sock
+
+    def outbound(self, family: int) -> socket.socket:
+        """An unbound socket for dialing out of the pod."""
+        with self._new(family) as sock:
+            return sock
+
+    def to_app(self, family: int, client: IPAddress | None) -> socket.socket:
+        """A socket for dialing the pod's app under the client's address.
+
+        The mark sends the app's answers, which are addressed to that client,
+        back to us instead of out of the pod; bound to lo, the dial itself
+        takes the loopback path on which the reply is looked for.
+        """
+        with self._new(family) as sock:
+            if client is None or client in self.own_addresses or client.is_loopback:
+                return sock
+            _transparent(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, STEER_MARK)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+            # The port is chosen at connect(), when the whole tuple is known:
+            # one client address may then have far more than 28,000 connections.
+            sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((_spelled(client, family), 0))
+            return sock
+
+    @contextlib.contextmanager
+    def _new(self, family: int) -> Iterator[socket.socket]:
+        """A prepared socket, closed if the block fails."""
+        sock = self._netns.socket(socket.AddressFamily(family), socket.SOCK_STREAM)
+        try:
+            prepare(sock)
+            self._protect(sock)
+            yield sock
+        except BaseException:
+            sock.close()
+            raise
+
+
+def open_listeners(sockets: PodSockets) -> dict[tuple[Role, int], socket.socket]:
+    """One listener per role and family; a namespace without IPv6 gets IPv4 ones alone.
+
+    Blocking. Raises MeshbpfError; then none stays open.
+    """
+    opened: dict[tuple[Role, int], socket.socket] = {}
+    try:
+        for family in FAMILIES:
+            try:
+                for role in Role:
+                    opened[role, family] = sockets.listener(role, family)
+            except OSError as error:
+                no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+                if family == socket.AF_INET6 and no_ipv6:
+                    continue
+                raise
+    except OSError as error:
+        close_all(opened)
+        raise MeshbpfError(
+            "listener-failed",
+            f"no listener in the pod's network namespace: {error.strerror}",
+            "its loopback interface must be up: `ip link set lo up` inside it",
+        ) from error
+    except BaseException:
+        close_all(opened)
+        raise
+    return opened
+
+
+def pod_steering(attachment: Attachment, netns: Netns) -> PodSteering:
+    """The attachment in the datapath's terms."""
+    return PodSteering(
+        key=attachment.pod,
+        netns=netns,
+        on_agent_down=OnAgentDown(attachment.on_agent_down),
+        exempt_ports=frozenset(attachment.exempt_ports),
+        exempt_cidrs=tuple(map(ip_network, attachment.exempt_cidrs)),
+        exempt_interfaces=frozenset(attachment.exempt_interfaces),
+    )
+
+
+def close_all(listeners: Listeners) -> None:
+    """Close each one; those that are closed already do not mind."""
+    for sock in listeners.values():
+        sock.close()
+
+
+def _transparent(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+
+
+def _spelled(client: IPAddress, family: int) -> str:
+    if family == socket.AF_INET6 and client.version == 4:
+        return str(IPv6Address(b"\0" * 10 + b"\xff\xff" + client.packed))
+    return str(client)
+
+
+def _backlog() -> int:
+    try:
+        limit = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    except (OSError, ValueError):
+        return _BACKLOG_CEILING
+    return min(_BACKLOG_CEILING, limit)
