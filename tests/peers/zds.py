@@ -30,7 +30,7 @@ def _field(number: int, value: bytes) -> bytes:
 
 
 def add_message(uid: str, name: str, namespace: str, service_account: str) -> bytes:
-    """WorkloadRequest{add=1: {uid=1, workload_info=2: {name=1, namespace=2, service_account=3}}}."""
+    """WorkloadRequest{add=1: {uid=1, info=2: {name=1, namespace=2, service_account=3}}}."""
     info = b"".join(
         _field(number, text.encode())
         for number, text in enumerate((name, namespace, service_account), start=1)

@@ -16,15 +16,18 @@ from __future__ import annotations
 
 import http.client
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import yaml
 
 from tests.peers.zds import ZdsServer
-from tests.progs.inside import NETNS_DIR
+from tests.progs.inside import NETNS_DIR, socket_inside
+from tests.progs.pod import TRUST_DOMAIN, Pod
 from tests.progs.program import BedError, Program, eventually
-from tests.testbed import TRUST_DOMAIN, Pod, Testbed
+from tests.testbed import Testbed
 
 READY_LIMIT_S = 15.0
 READINESS_PORT = 15021
@@ -72,12 +75,20 @@ def build_at(binary: Path) -> ZtunnelBuild:
 
 
 class Ztunnel:
-    """One ztunnel in a node's netns. Its process ends with the testbed, or by `stop`."""
+    """One ztunnel in a node's netns, from `start` to the end of the `with` block."""
 
     def __init__(self, bed: Testbed, node: int, build: ZtunnelBuild) -> None:
         self.bed, self.node, self.build = bed, node, build
         self._zds = ZdsServer(bed.directory / f"zds{node}.sock")
         self._program: Program | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._program is not None:
+            self._program.end()
+        self._zds.close()
 
     @property
     def pid(self) -> int:
@@ -108,26 +119,29 @@ class Ztunnel:
         self._zds.meet()
         eventually(f"{name} is ready", self._ready, READY_LIMIT_S)
 
-    def stop(self) -> None:
-        if self._program is not None:
-            self._program.end()
-        self._zds.close()
-
     def attach(self, pod: Pod) -> None:
         """Hand the pod over and turn its traffic to ztunnel, as Istio's node agent would."""
         namespace, name = pod.key.split("/")
         self._zds.add(pod.key, name, namespace, pod.service_account, NETNS_DIR / pod.netns)
         for command, listing in (("iptables", "-4"), ("ip6tables", "-6")):
             self._restore(pod, command)
-            self.bed.run(
-                pod.netns,
-                ["ip", listing, "route", "add", "local", "default", "dev", "lo", "table", "100"],
-            )
+            route = "route add local default dev lo table 100"
+            self.bed.run(pod.netns, ["ip", listing, *route.split()])
             # What goes back to a client whose address ztunnel has taken on stays in the pod.
             self.bed.run(
                 pod.netns,
-                ["ip", listing, "rule", "add", "fwmark", "0x111/0xfff", "pref", "32764"]
-                + ["lookup", "100"],
+                [
+                    "ip",
+                    listing,
+                    "rule",
+                    "add",
+                    "fwmark",
+                    "0x111/0xfff",
+                    "pref",
+                    "32764",
+                    "lookup",
+                    "100",
+                ],
             )
 
     def log(self) -> str:
@@ -153,7 +167,7 @@ class Ztunnel:
     def _ready(self) -> bool:
         if not self.program.running:
             raise BedError(f"ztunnel ended:\n{self.program.tail()}")
-        sock = self.bed.socket(self.node, 4)
+        sock = socket_inside(self.bed.node_netns(self.node), socket.AF_INET)
         sock.settimeout(2.0)
         connection = http.client.HTTPConnection("127.0.0.1", READINESS_PORT)
         try:
