@@ -40,7 +40,13 @@ from typing import Any, Self, TypeVar
 
 import yaml
 
-from meshbpf.agent.api import ConnectionInfo, ConnectionsRequest, Request, StatusRequest
+from meshbpf.agent.api import (
+    ConnectionInfo,
+    ConnectionsRequest,
+    PodsRequest,
+    Request,
+    StatusRequest,
+)
 from meshbpf.agent.api_client import call
 from tests.progs.inside import NETNS_DIR, socket_inside, sysctl_inside
 from tests.progs.pod import NAMESPACE, TRUST_DOMAIN, Family, Pod, node_address, service, workload
@@ -121,6 +127,13 @@ class Agent:
         ip, port = source
         wanted = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
         return [one for one in found if one.source == wanted]
+
+    def pod_state(self, key: str) -> str:
+        """What it says of the pod NS/NAME: attached, failed, or unknown."""
+        for pod in self.ask(PodsRequest()).pods:
+            if pod.pod == key:
+                return pod.state
+        return "unknown"
 
     def attach(self, pod: Pod, *options: str) -> None:
         self.cli("attach", "--pod", pod.key, "--netns", pod.netns, *options)
@@ -215,6 +228,8 @@ class Testbed:
                 if agent.running:
                     agent.program.send(signal.SIGCONT)
                     agent.stop()
+            for program in self.servers.values():
+                program.end()
             self._sweep()
             if self._lock is not None:
                 (RUN_DIR / f"{self.tag}.lock").unlink()
@@ -393,11 +408,8 @@ class Testbed:
     def start_agents(self, *options: str) -> None:
         """Make the CA if there is none, and start both agents at the same time."""
         if not self.ca_dir.exists():
-            subprocess.run(
-                [MESHBPF, "ca", "init", self.ca_dir, "--trust-domain", TRUST_DOMAIN],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+            argv = [str(MESHBPF), "ca", "init", str(self.ca_dir), "--trust-domain", TRUST_DOMAIN]
+            self.run(self.node_netns(1), argv)
         for agent in self.agents.values():
             agent.launch(*options)
         for agent in self.agents.values():
