@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -178,7 +179,7 @@ def load(roots_pem: bytes, chain_pem: bytes, key_pem: bytes) -> CertificateAutho
         )
     for certificate in (*chain, *roots):
         _check_is_ca(certificate)
-    for certificate, signer in zip(chain, chain[1:], strict=False):
+    for certificate, signer in pairwise(chain):
         if not _signed_by(certificate, signer):
             raise CaError(
                 f"{_name(certificate)} is not signed by {_name(signer)}, which follows it",

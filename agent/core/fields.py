@@ -106,9 +106,7 @@ class Field:
             step = _step(key.text)
             if key.text in seen:
                 path = f".{step}" if self.path else step
-                raise self._child(key, path).error(
-                    f"the key was there already, line {seen[key.text]}"
-                )
+                raise self._child(key, path).error(f"given at line {seen[key.text]} already")
             seen[key.text] = key.line
             yield key, value, step
 
@@ -191,7 +189,7 @@ class Field:
 
     def checked_cidr(self, text: str) -> IPNetwork:
         """`text`, this field or a part of it, as a prefix; bits beyond the length are dropped."""
-        address, slash, length = text.partition("/")
+        _, slash, length = text.partition("/")
         try:
             if "%" in text or (slash and _PREFIX_LENGTH.fullmatch(length) is None):
                 raise ValueError
