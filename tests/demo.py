@@ -134,10 +134,9 @@ class Demo:
                     for entry in connections(answer):
                         peer = entry["peer_identity"]
                         seen[node, entry["direction"]] = peer
-                        say(
-                            f"node{node} {entry['direction']:<9}{entry['source']} -> {entry['destination']}"
-                        )
-                        say(f"      {entry['protocol']}, the peer is {peer}")
+                        ends = f"{entry['source']} -> {entry['destination']}"
+                        say(f"node{node} {entry['direction']:<9}{entry['protocol']} {ends}")
+                        say(f"      the peer is {peer}")
                 expect(seen == expected, f"expected {expected}")
 
     def no_netfilter(self) -> None:

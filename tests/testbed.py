@@ -405,11 +405,14 @@ class Testbed:
 
     # --- agents -------------------------------------------------------------
 
+    def make_ca(self) -> None:
+        argv = [str(MESHBPF), "ca", "init", str(self.ca_dir), "--trust-domain", TRUST_DOMAIN]
+        self.run(self.node_netns(1), argv)
+
     def start_agents(self, *options: str) -> None:
         """Make the CA if there is none, and start both agents at the same time."""
         if not self.ca_dir.exists():
-            argv = [str(MESHBPF), "ca", "init", str(self.ca_dir), "--trust-domain", TRUST_DOMAIN]
-            self.run(self.node_netns(1), argv)
+            self.make_ca()
         for agent in self.agents.values():
             agent.launch(*options)
         for agent in self.agents.values():
