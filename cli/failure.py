@@ -7,7 +7,8 @@ shows a traceback; a mistake of ours (any other exception) always does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import click
 
@@ -25,8 +26,7 @@ class CommandUsageError(MeshbpfError):
 def asked_format(arguments: Sequence[str]) -> Format:
     """The format named by the last `-o` of a command line that may not have parsed."""
     form = Format.TABLE
-    following = [*arguments[1:], ""]
-    for argument, after in zip(arguments, following, strict=True):
+    for argument, after in zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument in {"-o", "--output"}:
             value = after
         elif argument.startswith("--output="):
@@ -40,15 +40,43 @@ def asked_format(arguments: Sequence[str]) -> Format:
 
 
 def from_click(error: click.ClickException) -> MeshbpfError:
-    """An error of the command-line parser as one of ours, with the usage as its hint."""
-    what = error.format_message().rstrip(".")
+    """An error of the command-line parser as one of ours.
+
+    In our words where click's differ between its versions; what an option's type says
+    of a value stays.
+    """
     if not isinstance(error, click.UsageError):
-        return MeshbpfError("failed", what)
-    hint = ""
-    if error.ctx is not None:
-        pieces = " ".join(error.ctx.command.collect_usage_pieces(error.ctx))
-        hint = f"usage: {error.ctx.command_path} {pieces}; more with --help"
-    return CommandUsageError("usage", what, hint)
+        return MeshbpfError("failed", error.format_message())
+    hint = f"see `{error.ctx.command_path} --help`" if error.ctx is not None else ""
+    if isinstance(error, click.NoSuchOption):
+        what = f"no option {error.option_name}"
+        known = [] if error.ctx is None else _option_names(error.ctx)
+        hint = did_you_mean(error.option_name, known) or hint
+    elif isinstance(error, click.MissingParameter):
+        what = f"{_names(error.param)} is missing"
+    elif isinstance(error, click.BadParameter):
+        what = f"{_names(error.param)}: {error.message}"
+    else:
+        what = error.message[:1].lower() + error.message[1:]
+    return CommandUsageError("usage", what.rstrip("."), hint)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint that names what is spelled nearly as `name`; empty if nothing is."""
+    import difflib  # costs more than most commands take, and only mistakes need it
+
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def _option_names(ctx: click.Context) -> list[str]:
+    return [name for param in ctx.command.get_params(ctx) for name in param.opts]
+
+
+def _names(param: click.Parameter | None) -> str:
+    if isinstance(param, click.Option):
+        return "/".join(param.opts)
+    return "argument" if param is None else param.human_readable_name
 
 
 def report(error: MeshbpfError, form: Format) -> Exit:

@@ -7,7 +7,6 @@ knows its members by a table: name, where it lives, and its one-line help.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from meshbpf.cli.failure import CommandUsageError
+from meshbpf.cli.failure import CommandUsageError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,7 @@ class LazyGroup(click.Group):
         name = args[0]
         if name in self.entries or name.startswith("-") or ctx.resilient_parsing:
             return super().resolve_command(ctx, args)
-        near = difflib.get_close_matches(name, self.entries, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"see {ctx.command_path} --help"
+        hint = did_you_mean(name, self.entries) or f"see `{ctx.command_path} --help`"
         raise CommandUsageError("no-such-command", f"no command {name!r}", hint)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -7,6 +7,7 @@ where an error becomes a message and an exit status.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -54,17 +55,25 @@ COMMANDS = dict(
 )
 @click.version_option(__version__, message="meshbpf %(version)s")
 @common_options
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """An Istio ambient data plane: eBPF steering and an HBONE proxy.
 
     Pods are named NS/NAME, NAME.NS, or NAME with -n NS. --state-dir and -o are taken
     before and after the command.
     """
+    # Without either, click colours for a terminal and not for a pipe.
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        ctx.color = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A locale without Unicode shows escapes, where it would show a traceback.
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(given, prog_name="meshbpf", standalone_mode=False)
         sys.stdout.flush()

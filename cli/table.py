@@ -52,19 +52,17 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[CellLike]]) -> str:
     body = [[_cell(value) for value in row] for row in rows]
     columns = [[Cell(name), *cells] for name, *cells in zip(headers, *body, strict=True)]
     widths = [max(_width(cell.text) for cell in column) for column in columns]
-    # A column of numbers has its title on the right as well.
-    title = [
-        Cell(name, right=len(column) > 1 and all(cell.right for cell in column[1:]))
-        for name, column in zip(headers, columns, strict=True)
-    ]
-    return "\n".join(_line(cells, widths) for cells in [title, *body])
+    # One number makes a column of numbers: its title and its gaps stand right as well.
+    right = [any(cell.right for cell in column) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join(_line(cells, widths, right) for cells in lines)
 
 
 def facts(pairs: Iterable[tuple[str, CellLike]]) -> str:
     """`name:  value` lines with the values in one column."""
     found = [(f"{name}:", _cell(value)) for name, value in pairs]
     widths = [max((_width(name) for name, _ in found), default=0), 0]
-    return "\n".join(_line([Cell(name), value], widths) for name, value in found)
+    return "\n".join(_line([Cell(name), value], widths, [False, False]) for name, value in found)
 
 
 def line(text: str) -> str:
@@ -82,18 +80,14 @@ def _cell(value: CellLike) -> Cell:
     return Cell(printable(value.text) or EMPTY, value.style, value.right)
 
 
-def _line(cells: Sequence[Cell], widths: Sequence[int]) -> str:
-    last = len(cells) - 1
+def _line(cells: Sequence[Cell], widths: Sequence[int], right: Sequence[bool]) -> str:
     parts = []
-    for position, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+    for cell, width, at_right in zip(cells, widths, right, strict=True):
         pad = " " * (width - _width(cell.text))
         text = cell.text
         if cell.style is not Style.PLAIN:
             text = click.style(text, fg=cell.style.value)
-        if cell.right:
-            parts.append(pad + text)
-        else:
-            parts.append(text if position == last else text + pad)
+        parts.append(pad + text if at_right else text + pad)
     return GAP.join(parts).rstrip()
 
 

@@ -21,16 +21,21 @@ def duration(seconds: float) -> str:
     return "".join(f"{count}{unit}" for count, unit in parts[:2] if count)
 
 
-def size(count: int) -> str:
+def size(number: int) -> str:
     """Bytes with a binary prefix and three digits at most: `0 B`, `1.50 KiB`, `12.3 MiB`."""
-    if count < 1024:
-        return f"{count} B"
+    if number < 1024:
+        return f"{number} B"
     power = 1
-    while power < len(_PREFIXES) and count / 1024**power >= 999.5:
+    while power < len(_PREFIXES) and number / 1024**power >= 999.5:
         power += 1
-    value, prefix = count / 1024**power, _PREFIXES[power - 1]
+    value, prefix = number / 1024**power, _PREFIXES[power - 1]
     digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
     return f"{value:.{digits}f} {prefix}"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """`1 policy`, `2 policies`: `plural` only where an s is not enough."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def moment(when: datetime | None) -> str:

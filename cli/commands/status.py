@@ -12,7 +12,7 @@ from meshbpf.cli.client import ask
 from meshbpf.cli.options import Session, common_options, pass_session
 from meshbpf.cli.output import emit
 from meshbpf.cli.table import Cell, CellLike, Style, facts, good_if, line
-from meshbpf.cli.units import duration, moment
+from meshbpf.cli.units import count, duration, moment
 
 
 @click.command("status", short_help="Show whether the agent is ready, and why not.")
@@ -87,8 +87,9 @@ def _state(state: StateSourceInfo) -> Iterator[tuple[str, CellLike]]:
     else:
         yield (
             "state version",
-            f"{state.version} of {moment(state.loaded_at)}: {state.workloads} workloads, "
-            f"{state.services} services, {state.policies} policies",
+            f"{state.version} of {moment(state.loaded_at)}: "
+            f"{count(state.workloads, 'workload')}, {count(state.services, 'service')}, "
+            f"{count(state.policies, 'policy', 'policies')}",
         )
     if state.error is not None:
         yield "state error", Cell(state.error.what, Style.BAD)
