@@ -78,7 +78,7 @@ def find_netns(text: str) -> NetnsPath:
         found = os.stat(path)
     except OSError as error:
         raise AttachError(
-            "netns-missing",
+            "no-netns",
             f"network namespace {path}: {error.strerror}",
             "`ip netns list` and `lsns -t net` show what there is",
         ) from error

@@ -68,6 +68,8 @@ class Pod:
     """Why it does not work; empty while it does."""
     netns: Netns | None = None
     kernel: AttachedPod | None = None
+    local: LocalPod | None = None
+    """The pod as the forwarder sees it, while it is served."""
     listeners: Listeners = field(default_factory=dict)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ended: trio.Event = field(default_factory=trio.Event)
@@ -293,7 +295,8 @@ class PodManager:
             with pod.scope:
                 while True:
                     try:
-                        await self._server.serve(self._local(pod), pod.listeners)
+                        pod.local = self._local(pod)
+                        await self._server.serve(pod.local, pod.listeners)
                         pod.reason = "the forwarder ended by itself"
                     except Exception as error:  # noqa: BLE001
                         # The boundary of one pod: whatever is wrong with it

@@ -1,0 +1,307 @@
+"""One running agent: its parts, wired together, and the verbs of the control socket.
+
+`app.py` says in which order it lives; this file owns what it is made of.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from datetime import timedelta
+
+import trio
+from meshbpf.agent.datapath.steering import Capture, Steering
+from meshbpf.agent.runtime.forwarder import Forwarder
+
+import meshbpf
+from meshbpf.agent import api
+from meshbpf.agent.config import Settings
+from meshbpf.agent.core.ca import CertificateAuthority
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.state import MeshState
+from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.runtime import reports
+from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_now
+from meshbpf.agent.runtime.connections import ConnectionRegistry
+from meshbpf.agent.runtime.control import ControlServer, counters, error_body
+from meshbpf.agent.runtime.heartbeat import Heartbeat
+from meshbpf.agent.runtime.logs import Log, LogWriter
+from meshbpf.agent.runtime.mesh import LiveMesh
+from meshbpf.agent.runtime.pods import Pod, PodManager
+from meshbpf.agent.runtime.readiness import Readiness
+from meshbpf.agent.runtime.state_dir import StateDir
+from meshbpf.agent.runtime.state_source import LocalXdsSource
+
+START_WAIT_S = 30.0
+"""How long attach and detach wait for an agent that is still starting."""
+
+log = Log("agent")
+
+
+class Agent:
+    """Made before the BPF side exists, so that it can say what it waits for."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        state_dir: StateDir,
+        authority: CertificateAuthority,
+        source: LocalXdsSource,
+        control: ControlServer,
+        writer: LogWriter,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._settings = settings
+        self._state_dir = state_dir
+        self._source = source
+        self._control = control
+        self._writer = writer
+        self._nursery = nursery
+        self._started_at = utc_now()
+        self._started_monotonic = time.monotonic()
+        self._datapath_lock = trio.Lock()
+        self._running = trio.Event()
+        self._steering: Steering | None = None
+        self._heartbeat: Heartbeat | None = None
+        self.pods: PodManager | None = None
+        self.readiness = Readiness("bpf", "certificates", "heartbeat", "mesh-state", "pods")
+        self._mesh = LiveMesh(self._datapath_lock)
+        self._connections = ConnectionRegistry()
+        self._certificates = CertificateStore(
+            EmbeddedIssuer(authority), nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
+        )
+        self._register_verbs()
+
+    # --- life ---------------------------------------------------------------
+
+    async def start(self, state: MeshState) -> None:
+        """Bring everything up. Raises MeshbpfError for what a person must see to."""
+        settings = self._settings
+        self._steering = steering = await trio.to_thread.run_sync(self._open_steering)
+        log.info("steering", capture=steering.capture_in_force, reason=steering.capture_reason)
+        self.readiness.done("bpf")
+        self._mesh.steer_with(steering.set_mesh)
+        await self._mesh.apply(state)
+        self.readiness.done("mesh-state")
+        self.pods = pods = PodManager(
+            settings,
+            self._state_dir.attachments,
+            steering=steering,
+            datapath_lock=self._datapath_lock,
+            certificates=self._certificates,
+            server=Forwarder(self._mesh.current, self._certificates, self._connections),
+            mesh=self._mesh.current,
+            nursery=self._nursery,
+        )
+        await pods.restore()
+        self.readiness.done("pods")
+        self._mesh.on_change(self._mesh_changed)
+        await self._first_certificates(pods)
+        self.readiness.done("certificates")
+        self._heartbeat = heartbeat = Heartbeat(
+            steering, lease_s=settings.lease_s, source_healthy=lambda: self._source.healthy
+        )
+        heartbeat.start()
+        self._nursery.start_soon(heartbeat.tick)
+        self.readiness.done("heartbeat")
+        self.readiness.require("heartbeat", lambda: heartbeat.beating)
+        self._running.set()
+
+    async def watch(self) -> None:
+        """Follow the mesh state and the pods' namespaces, until cancelled."""
+        assert self.pods is not None  # noqa: S101 (after start)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._source.watch, self._mesh.apply)
+            nursery.start_soon(self.pods.watch)
+
+    async def stop(self) -> None:
+        """End in the order that the kernel side needs; attachments remain.
+
+        Call it shielded: it takes 3 s at most, most of it a forwarder's goodbye.
+        """
+        self.readiness.require("running", lambda: False)
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        if self.pods is not None:
+            if self.pods.any_open():
+                # Until the silence is long enough the kernel still hands
+                # connections over: serve them, or an open pod would refuse.
+                await trio.sleep(self._settings.heartbeat_limit_s)
+            await self.pods.stop_serving()
+        if self._steering is not None:
+            await trio.to_thread.run_sync(self._steering.close)
+
+    def _open_steering(self) -> Steering:
+        return Steering.open(
+            agent_id=self._state_dir.agent_id,
+            cache_dir=self._state_dir.cache,
+            capture=Capture(self._settings.capture),
+            heartbeat_limit_s=self._settings.heartbeat_limit_s,
+            probe_cgroups=self._settings.probe_cgroups,
+        )
+
+    async def _first_certificates(self, pods: PodManager) -> None:
+        """Wait for one attempt per identity; a failure is shown by `certs` and tried again."""
+        for pod in pods.list():
+            try:
+                await self._certificates.tls(pod.identity)
+            except MeshbpfError:
+                continue  # logged where it failed
+
+    def _mesh_changed(self, mesh: Snapshot) -> None:
+        if self.pods is not None:
+            self.pods.refresh(mesh)
+        cut = self._connections.recheck(mesh)
+        if cut:
+            log.info("connections cut by policy", count=cut)
+
+    # --- verbs --------------------------------------------------------------
+
+    def _register_verbs(self) -> None:
+        control = self._control
+        control.handle(api.StatusRequest, self._status)
+        control.handle(api.PodsRequest, self._list_pods)
+        control.handle(api.AttachRequest, self._attach)
+        control.handle(api.DetachRequest, self._detach)
+        control.handle(api.WorkloadsRequest, self._workloads)
+        control.handle(api.ServicesRequest, self._services)
+        control.handle(api.CertsRequest, self._certs)
+        control.handle(api.ConnectionsRequest, self._list_connections)
+        control.handle(api.VersionRequest, self._version)
+
+    async def _attach(self, request: api.AttachRequest) -> api.AttachResult:
+        pods = await self._pods_when_running()
+        return await pods.attach(request, self._describe)
+
+    async def _detach(self, request: api.DetachRequest) -> api.DetachResult:
+        pods = await self._pods_when_running()
+        return await pods.detach(request.pod)
+
+    async def _pods_when_running(self) -> PodManager:
+        with trio.move_on_after(START_WAIT_S):
+            await self._running.wait()
+        if self.pods is None or not self._running.is_set():
+            raise MeshbpfError(
+                "starting",
+                f"the agent is still starting: {', '.join(self.readiness.pending())}",
+                "`meshbpf status` says when it is ready",
+            )
+        return self.pods
+
+    async def _list_pods(self, _request: api.PodsRequest) -> api.PodsResult:
+        counts = reports.connections_by_pod(self._connections.list())
+        return api.PodsResult(
+            pods=tuple(self._describe(pod, counts.get(pod.key, 0)) for pod in self._all_pods())
+        )
+
+    async def _workloads(self, _request: api.WorkloadsRequest) -> api.WorkloadsResult:
+        attached = frozenset(pod.key for pod in self._all_pods())
+        return reports.workloads(self._mesh.snapshot, attached)
+
+    async def _services(self, _request: api.ServicesRequest) -> api.ServicesResult:
+        return reports.services(self._mesh.snapshot)
+
+    async def _certs(self, _request: api.CertsRequest) -> api.CertsResult:
+        return self._certificates.describe()
+
+    async def _list_connections(self, request: api.ConnectionsRequest) -> api.ConnectionsResult:
+        return reports.connections(request, self._connections.list())
+
+    async def _version(self, _request: api.VersionRequest) -> api.VersionResult:
+        return api.VersionResult(
+            version=meshbpf.__version__,
+            api_version=api.API_VERSION,
+            agent_id=self._state_dir.agent_id,
+            python=platform.python_version(),
+            kernel=platform.release(),
+        )
+
+    async def _status(self, _request: api.StatusRequest) -> api.StatusResult:
+        settings, steering = self._settings, self._steering
+        pending = self.readiness.pending()
+        pods = self._all_pods()
+        failed = [pod for pod in pods if pod.reason]
+        totals = self._connections.statistics()
+        return api.StatusResult(
+            ready=not pending,
+            pending=pending,
+            agent_id=self._state_dir.agent_id,
+            node=settings.node,
+            version=meshbpf.__version__,
+            pid=os.getpid(),
+            started_at=self._started_at,
+            uptime_s=round(time.monotonic() - self._started_monotonic, 3),
+            trust_domain=settings.trust_domain,
+            network=settings.network,
+            state=self._state_info(),
+            capture=api.CaptureInfo(
+                requested=settings.capture,
+                in_force=steering.capture_in_force if steering else "",
+                reason=steering.capture_reason if steering else "",
+            ),
+            pods=api.PodCounts(attached=len(pods) - len(failed), failed=len(failed)),
+            heartbeat=self._heartbeat_info(),
+            connections=totals.open_inbound + totals.open_outbound,
+            warnings=tuple(self._warnings(failed)),
+            statistics=self._counters(),
+        )
+
+    # --- parts of the answers -----------------------------------------------
+
+    def _all_pods(self) -> list[Pod]:
+        return list(self.pods.list()) if self.pods is not None else []
+
+    def _describe(self, pod: Pod, connections: int | None = None) -> api.PodInfo:
+        if connections is None:
+            connections = reports.connections_by_pod(self._connections.list()).get(pod.key, 0)
+        return reports.pod_info(pod, self._mesh.snapshot, connections)
+
+    def _state_info(self) -> api.StateSourceInfo:
+        mesh, source = self._mesh.snapshot, self._source
+        return api.StateSourceInfo(
+            kind="local-xds",
+            origin=source.origin,
+            healthy=source.healthy,
+            loaded_at=source.loaded_at,
+            version=mesh.version,
+            workloads=len(mesh.workloads),
+            services=len(mesh.services),
+            policies=len(mesh.policies),
+            error=error_body(source.error) if source.error else None,
+        )
+
+    def _heartbeat_info(self) -> api.HeartbeatInfo:
+        heartbeat = self._heartbeat
+        return api.HeartbeatInfo(
+            beating=heartbeat is not None and heartbeat.beating,
+            limit_s=self._settings.heartbeat_limit_s,
+            lease_s=self._settings.lease_s,
+            loop_lag_s=heartbeat.statistics().loop_lag_s if heartbeat else 0.0,
+        )
+
+    def _warnings(self, failed: list[Pod]) -> list[str]:
+        found = [f"pod {pod.key}: {pod.reason}" for pod in failed]
+        if self._source.error is not None:
+            found.append(f"mesh state: {self._source.error.what}")
+        for cert in self._certificates.describe().certs:
+            if cert.error is not None:
+                found.append(f"certificate of {cert.identity}: {cert.error.what}")
+        dropped = self._writer.statistics().dropped
+        if dropped:
+            found.append(f"{dropped} log records dropped: stderr is not read fast enough")
+        return found
+
+    def _counters(self) -> dict[str, dict[str, int | float]]:
+        parts: dict[str, object] = {
+            "certificates": self._certificates.statistics(),
+            "connections": self._connections.statistics(),
+            "control": self._control.statistics(),
+            "logs": self._writer.statistics(),
+            "state": self._source.statistics(),
+        }
+        if self._heartbeat is not None:
+            parts["heartbeat"] = self._heartbeat.statistics()
+        if self._steering is not None:
+            parts["steering"] = self._steering.statistics()
+        return {name: counters(part) for name, part in parts.items()}

@@ -1,0 +1,176 @@
+"""The agent's process: what starts in which order, and how it ends.
+
+    run()   root, logs, descriptors, state directory and its lock, CA, mesh
+            state, readiness port, control socket: whatever a person can have
+            got wrong is found before anything is touched
+    trio    readiness and control answer from here on ("not ready, pending ...")
+            BPF programs are compiled or found, loaded, adopted (a thread)
+            destinations of the mesh are set; pods left by an earlier agent
+            are taken over; only then does the heart beat
+    ready   logged, status exits 0, 15021 answers 200
+    stop    SIGTERM or SIGINT: the heart stops first, so that the kernel
+            applies the pods' fail mode before the listeners close; forwarders
+            say goodbye to their tunnels; attachments remain
+
+A fault of one pod stays with it (`pods.py`); any other task that fails ends
+the agent, for a half-working one would be worse than a dead one, which the
+kernel knows how to handle.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import trio
+
+import meshbpf
+from meshbpf.agent import ca_files
+from meshbpf.agent.config import Settings
+from meshbpf.agent.core.ca import CertificateAuthority
+from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
+from meshbpf.agent.core.state import MeshState
+from meshbpf.agent.runtime import logs, readiness
+from meshbpf.agent.runtime.agent import Agent
+from meshbpf.agent.runtime.control import ControlServer
+from meshbpf.agent.runtime.logs import Log, LogWriter
+from meshbpf.agent.runtime.state_dir import StateDir
+from meshbpf.agent.runtime.state_source import LocalXdsSource
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+log = Log("app")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What was opened and read before the event loop starts."""
+
+    settings: Settings
+    state_dir: StateDir
+    authority: CertificateAuthority
+    source: LocalXdsSource
+    state: MeshState
+    control: ControlServer
+    control_listener: socket.socket
+    readiness_listener: socket.socket
+    logs: LogWriter
+
+
+def run(settings: Settings) -> int:
+    """Run the agent until it is told to stop; 0 after an orderly end.
+
+    Raises MeshbpfError for whatever keeps it from running.
+    """
+    if os.geteuid() != 0:
+        raise PrivilegeError(
+            "not-root",
+            "`meshbpf run` loads BPF programs and enters network namespaces: it needs root",
+            "run it with sudo, or as a system service",
+        )
+    with ExitStack() as stack:
+        writer = logs.set_up(settings.log_level, settings.log_format)
+        stack.callback(writer.close)
+        prepared = _prepare(settings, stack, writer)
+        try:
+            trio.run(_main, prepared, strict_exception_groups=True)
+        except BaseExceptionGroup as group:
+            raise _the_error(group) from group
+    return int(Exit.OK)
+
+
+def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepared:
+    _raise_descriptor_limit()
+    authority = ca_files.load(settings.ca_dir)
+    source = LocalXdsSource(settings.local_xds)
+    state = source.load()
+    state_dir = StateDir.open(settings.state_dir)
+    stack.callback(state_dir.close)
+    readiness_listener = readiness.open_listener(settings.readiness_port)
+    stack.callback(readiness_listener.close)
+    control = ControlServer(state_dir.control_socket)
+    control_listener = control.open()
+    stack.callback(control_listener.close)
+    log.info(
+        "starting",
+        version=meshbpf.__version__,
+        node=settings.node,
+        pid=os.getpid(),
+        agent_id=state_dir.agent_id,
+        state_dir=settings.state_dir,
+        python=sys.version.split()[0],
+    )
+    return Prepared(
+        settings=settings,
+        state_dir=state_dir,
+        authority=authority,
+        source=source,
+        state=state,
+        control=control,
+        control_listener=control_listener,
+        readiness_listener=readiness_listener,
+        logs=writer,
+    )
+
+
+async def _main(prepared: Prepared) -> None:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
+        async with trio.open_nursery() as services:
+            agent = Agent(
+                prepared.settings,
+                prepared.state_dir,
+                prepared.authority,
+                prepared.source,
+                prepared.control,
+                prepared.logs,
+                services,
+            )
+            services.start_soon(readiness.serve, prepared.readiness_listener, agent.readiness)
+            services.start_soon(prepared.control.serve, prepared.control_listener)
+            async with trio.open_nursery() as work:
+                work.start_soon(_stop_on_signal, signals, work.cancel_scope)
+                await agent.start(prepared.state)
+                _settle_memory()
+                work.start_soon(agent.watch)
+                log.info("ready")
+            with trio.CancelScope(shield=True):
+                await agent.stop()
+            services.cancel_scope.cancel()
+    log.info("stopped")
+
+
+async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for number in signals:
+        log.info("stopping", signal=signal.Signals(number).name)
+        scope.cancel()
+        return
+
+
+def _settle_memory() -> None:
+    """Start-up's objects live as long as the agent: take them out of the collector's way."""
+    gc.collect()
+    gc.freeze()
+
+
+def _raise_descriptor_limit() -> None:
+    """Each carried connection takes two descriptors; the usual 1024 is far too few."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _the_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a person is told: the one MeshbpfError inside, where that is all there is."""
+    known, other = group.split(MeshbpfError)
+    if known is None or other is not None:
+        return group
+    first: BaseException = known
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
