@@ -87,7 +87,7 @@ def prog_info(fd: int) -> ProgInfo:
     """What program `fd` is, with the maps it uses (the first 64)."""
     ids = (ctypes.c_uint32 * _MAX_MAP_IDS)()
     request = ctypes.create_string_buffer(_PROG_INFO_BYTES)
-    struct.pack_into("IQ", request, 52, _MAX_MAP_IDS, ctypes.addressof(ids))
+    struct.pack_into("=IQ", request, 52, _MAX_MAP_IDS, ctypes.addressof(ids))
     raw = _info(fd, request)
     kind, number, tag = struct.unpack_from("II8s", raw)
     map_count = struct.unpack_from("I", raw, 52)[0]
