@@ -128,18 +128,16 @@ class Program:
 
 
 def _start_time(pid: int) -> str:
-    """When the process began, in clock ticks: with its number, its name for good."""
+    """When the process began, in clock ticks: with its number, its name for good.
+
+    Empty when it has ended, also while nobody has asked for its exit status.
+    """
     try:
         # The second field is the command in brackets, which may hold anything.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return ""
-
-
-def _is_gone(pid: int) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-    return not _start_time(pid)
+    return "" if fields[0] == "Z" else fields[19]
 
 
 def end_recorded(directory: Path) -> None:
@@ -148,5 +146,5 @@ def end_recorded(directory: Path) -> None:
         pid = int(record.name)
         if _start_time(pid) == record.read_text():
             os.kill(pid, signal.SIGKILL)
-            eventually(f"process {pid} ends", lambda pid=pid: _is_gone(pid), 10.0)  # type: ignore[misc]
+            eventually(f"process {pid} ends", lambda pid=pid: not _start_time(pid), 10.0)  # type: ignore[misc]
         record.unlink()
