@@ -15,7 +15,7 @@
 // Every client mode starts its clock after the first byte has come back: the
 // set-up of a tunnel is measured by `rate` alone. Bytes count where they are
 // received. One JSON object on stdout; exit 1 with a line on stderr otherwise.
-// The server says "ready" once it listens, and dies with its parent or after
+// The server prints an event "ready" once it listens, and dies with its parent or after
 // LIFETIME_S, whichever is first.
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -240,7 +240,7 @@ static _Noreturn void run_server(unsigned lifetime_s)
 		setsockopt(listener, IPPROTO_IPV6, IPV6_V6ONLY, &no, sizeof no);
 	if (bind(listener, (struct sockaddr *)&server_address, server_address_len) || listen(listener, BACKLOG))
 		die("listen: %s", strerror(errno));
-	printf("ready\n");
+	printf("{\"event\":\"ready\"}\n");
 	fflush(stdout);
 	for (int i = 0; i < WORKERS; i++) {
 		pthread_t thread;

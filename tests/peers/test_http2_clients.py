@@ -43,9 +43,6 @@ class Server:
         """Not captured, so that its packets reach port 15008 as they are."""
         return self.bed["n1x"]
 
-    def issue(self, name: str, san: GeneralName, issuer: Issuer | None = None) -> Credentials:
-        return (issuer or self.issuer).issue(self.directory, name, san)
-
     def accepted(self) -> int:
         return len(self.bed.servers[self.pod.name].events("accepted"))
 
@@ -91,7 +88,8 @@ def client(request: pytest.FixtureRequest) -> Http2Client:
 @pytest.fixture(scope="module")
 def right(server: Server) -> Credentials:
     """A certificate of the caller's own identity, by the CA that the listener trusts."""
-    return server.issue("right", UniformResourceIdentifier(server.caller.identity))
+    identity = UniformResourceIdentifier(server.caller.identity)
+    return server.issuer.issue(server.directory, "right", identity)
 
 
 def tunnel(
@@ -129,23 +127,26 @@ def test_right_certificate_gets_its_bytes_echoed(
     assert answer.peer == server.pod.identity
 
 
+def wrong(server: Server, kind: str) -> Credentials:
+    """A certificate that must not open a tunnel."""
+    identity = UniformResourceIdentifier(server.caller.identity)
+    sans: dict[str, GeneralName] = {
+        "foreign root": identity,
+        "foreign trust domain": UniformResourceIdentifier("spiffe://elsewhere/ns/apps/sa/legacy"),
+        "dns name": DNSName("legacy.apps.svc.cluster.local"),
+        "uri of no spiffe id": UniformResourceIdentifier("https://cluster.local/ns/apps/sa/legacy"),
+    }
+    issuer = Issuer.foreign(server.issuer) if kind == "foreign root" else server.issuer
+    return issuer.issue(server.directory, kind.replace(" ", "-"), sans[kind])
+
+
 @pytest.mark.parametrize(
     "kind", ["none", "foreign root", "foreign trust domain", "dns name", "uri of no spiffe id"]
 )
 def test_wrong_certificate_fails_in_tls_and_reaches_nobody(
     server: Server, client: Http2Client, kind: str
 ) -> None:
-    identity = UniformResourceIdentifier(server.caller.identity)
-    elsewhere = UniformResourceIdentifier("spiffe://elsewhere.example/ns/apps/sa/legacy")
-    credentials = {
-        "none": lambda: None,
-        "foreign root": lambda: server.issue("root", identity, Issuer.foreign(server.issuer)),
-        "foreign trust domain": lambda: server.issue("domain", elsewhere),
-        "dns name": lambda: server.issue("dns", DNSName("legacy.apps.svc.cluster.local")),
-        "uri of no spiffe id": lambda: server.issue(
-            "uri", UniformResourceIdentifier("https://cluster.local/ns/apps/sa/legacy")
-        ),
-    }[kind]()
+    credentials = None if kind == "none" else wrong(server, kind)
     before = server.accepted()
     answer = tunnel(server, client, credentials)
     assert answer.error is not None
