@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import trio
-from meshbpf.agent.core.authz import ConnectionFacts, Decision, authorize
-from meshbpf.agent.core.store import Snapshot
 
 from meshbpf.agent.core.address import SocketAddress
+from meshbpf.agent.core.authz import ConnectionFacts, Decision, authorize
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.local_pod import LocalPod
+from meshbpf.agent.runtime.stream import ByteCount
 
 access_log = logging.getLogger("access")
 
@@ -97,17 +98,24 @@ class LiveConnection:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     state: ConnectionState = ConnectionState.OPENING
     upstream: SocketAddress | None = None
+    target: SocketAddress | None = None
+    """Where it ends: the app's address, whatever was dialed to get there."""
     source_identity: SpiffeId | None = None
     destination_identity: SpiffeId | None = None
     source_workload: Workload | None = None
     destination_workload: Workload | None = None
     service: str = ""
-    bytes_sent: int = 0
-    bytes_received: int = 0
+    tunnel_address: SocketAddress | None = None
+    """The HBONE end of this connection at the destination's side."""
+    sent: ByteCount = field(default_factory=ByteCount)
+    """From source to destination; the relay counts here."""
+    received: ByteCount = field(default_factory=ByteCount)
     facts: ConnectionFacts | None = None
     """What policy judged an inbound connection by; None while nothing was to judge."""
     error: str = ""
     """Why it failed, for the access log; empty while all is well."""
+    finished: bool = False
+    """Both directions ended in order; anything else is reset."""
     denied: bool = False
     """Cut by a policy that came after it was admitted."""
 
@@ -182,8 +190,8 @@ class ConnectionRegistry:
             yield live
         finally:
             del self._live[live.id]
-            self._bytes_sent += live.bytes_sent
-            self._bytes_received += live.bytes_received
+            self._bytes_sent += live.sent.total
+            self._bytes_received += live.received.total
             if live.error:
                 self._failed += 1
             self._log_end(live)
@@ -226,8 +234,8 @@ class ConnectionRegistry:
             failed=self._failed,
             denied=self._refused,
             cut_by_policy=self._cut,
-            bytes_sent=self._bytes_sent + sum(each.bytes_sent for each in live),
-            bytes_received=self._bytes_received + sum(each.bytes_received for each in live),
+            bytes_sent=self._bytes_sent + sum(each.sent.total for each in live),
+            bytes_received=self._bytes_received + sum(each.received.total for each in live),
         )
 
     def _log_end(self, live: LiveConnection) -> None:
@@ -264,8 +272,8 @@ def _record(live: LiveConnection, now: float) -> ConnectionRecord:
         service=live.service,
         opened_at=live.opened_at,
         age_s=now - live.opened_monotonic,
-        bytes_sent=live.bytes_sent,
-        bytes_received=live.bytes_received,
+        bytes_sent=live.sent.total,
+        bytes_received=live.received.total,
     )
 
 
@@ -275,15 +283,15 @@ def _fields(live: LiveConnection, duration_ms: float) -> dict[str, object]:
     bytes_sent is what this node's pod sent, in either direction.
     """
     inbound = live.direction is Direction.INBOUND
-    sent, received = live.bytes_sent, live.bytes_received
+    sent, received = live.sent.total, live.received.total
     source, destination = live.source_workload, live.destination_workload
     fields: dict[str, object | None] = {
         "src.addr": str(live.source),
         "src.workload": source and source.name,
         "src.namespace": source and source.namespace,
         "src.identity": live.source_identity and str(live.source_identity),
-        "dst.addr": str(live.upstream or live.destination),
-        "dst.hbone_addr": str(live.destination) if live.transport is Transport.HBONE else None,
+        "dst.addr": str(live.tunnel_address or live.upstream or live.destination),
+        "dst.hbone_addr": str(live.target) if live.tunnel_address else None,
         "dst.service": live.service or None,
         "dst.workload": destination and destination.name,
         "dst.namespace": destination and destination.namespace,

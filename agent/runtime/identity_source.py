@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from meshbpf.agent.wire.tls import WorkloadTls
-
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.wire.tls import WorkloadTls
 
 
 class Identities(Protocol):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from meshbpf.agent.core.store import Snapshot
-from meshbpf.agent.runtime.pool import TunnelPool
-
 from meshbpf.agent.core.address import IPAddress
+from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.runtime.pool import TunnelPool
 from meshbpf.agent.runtime.sockets import SocketFactory
 
 

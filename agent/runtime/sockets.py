@@ -65,11 +65,14 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
-def reset(sock: socket.socket) -> None:
-    """Close with a TCP reset, dropping what is unsent. Harmless on a closed socket."""
-    if sock.fileno() < 0:
-        return
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+def hang_up(sock: socket.socket, *, finished: bool) -> None:
+    """Close a socket: in order when both directions were `finished`, else with a TCP reset.
+
+    An orderly close lets the kernel deliver what the peer has yet to read; a
+    reset drops it, and tells the peer that the connection broke.
+    """
+    if not finished and sock.fileno() >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
     sock.close()
 
 

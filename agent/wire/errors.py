@@ -1,8 +1,8 @@
 """Faults of a wire protocol, and the HTTP/2 code that answers each.
 
-A `PeerFault` ends the whole connection with GOAWAY. What concerns one stream
+A `PeerError` ends the whole connection with GOAWAY. What concerns one stream
 only is no exception at all: the connection resets that stream by itself and
-reports it as a `StreamReset`. A `UsageFault` is our own mistake.
+reports it as a `StreamReset`. A `UsageError` is our own mistake.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TlsError(WireError):
     """The TLS handshake or a TLS record failed."""
 
 
-class PeerFault(WireError):
+class PeerError(WireError):
     """The peer broke HTTP/2's rules or a limit of ours; the connection must end."""
 
     def __init__(self, error_code: ErrorCodes, what: str) -> None:
@@ -28,7 +28,7 @@ class PeerFault(WireError):
         self.error_code = error_code
 
 
-class UsageFault(WireError):
+class UsageError(WireError):
     """Our own code asked for something that the protocol does not allow now."""
 
     def __init__(self, what: str) -> None:

@@ -9,7 +9,7 @@ Rules:
 4. The first frame is SETTINGS; on a server, after the client's preface.
 5. Frames of unknown type are skipped, payload and all.
 
-Breaking one is a `PeerFault` with the code that RFC 9113 names.
+Breaking one is a `PeerError` with the code that RFC 9113 names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from enum import IntEnum
 
 from h2.errors import ErrorCodes
 
-from meshbpf.agent.wire.errors import PeerFault
+from meshbpf.agent.wire.errors import PeerError
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEADER_BYTES = 9
@@ -153,7 +153,7 @@ class FrameSplitter:
     def _eat_preface(self, data: memoryview) -> int:
         step = min(len(self._preface), len(data))
         if self._preface[:step] != data[:step]:
-            raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "the peer does not speak HTTP/2")
+            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "the peer does not speak HTTP/2")
         self._preface = self._preface[step:]
         return step
 
@@ -211,23 +211,23 @@ class FrameSplitter:
     def _check(self, kind: int, size: int, stream: int) -> None:
         """Refuse what a header alone shows to be wrong."""
         if size > self._max_frame_bytes:
-            raise PeerFault(ErrorCodes.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
+            raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
         if self._first:
             if kind != _SETTINGS:
-                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+                raise PeerError(ErrorCodes.PROTOCOL_ERROR, "the first frame is not SETTINGS")
             self._first = False
         if self._block_stream:
             if kind != _CONTINUATION or stream != self._block_stream:
-                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "a header block is interrupted")
+                raise PeerError(ErrorCodes.PROTOCOL_ERROR, "a header block is interrupted")
         elif kind == _CONTINUATION:
-            raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "CONTINUATION without a header block")
+            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "CONTINUATION without a header block")
         if kind in _BLOCK_TYPES:
             if self._block_bytes + size > HEADER_BLOCK_LIMIT_BYTES:
-                raise PeerFault(ErrorCodes.ENHANCE_YOUR_CALM, "a header block is too long")
+                raise PeerError(ErrorCodes.ENHANCE_YOUR_CALM, "a header block is too long")
         elif kind != _DATA and kind <= _LAST_KNOWN and size > CONTROL_FRAME_LIMIT_BYTES:
-            raise PeerFault(ErrorCodes.FRAME_SIZE_ERROR, f"a control frame of {size} bytes")
+            raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, f"a control frame of {size} bytes")
         if kind == _DATA and stream == 0:
-            raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "DATA on stream 0")
+            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "DATA on stream 0")
 
     def _track_block(self, kind: int, flags: int, stream: int, size: int) -> None:
         if kind not in _BLOCK_TYPES:
@@ -247,7 +247,7 @@ class FrameSplitter:
         self._ends_stream = bool(flags & FLAG_END_STREAM)
         self._pad_length_due = bool(flags & FLAG_PADDED)
         if self._pad_length_due and size == 0:
-            raise PeerFault(ErrorCodes.FRAME_SIZE_ERROR, "padded DATA without a pad length")
+            raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, "padded DATA without a pad length")
 
     def _data_piece(self, data: memoryview, position: int) -> tuple[Data | None, int]:
         """The next piece of the DATA frame; None when `data` is used up before its end."""
@@ -262,7 +262,7 @@ class FrameSplitter:
             self._payload_left -= 1 + pad
             self._padding_left = pad
             if self._payload_left < 0:
-                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "more padding than frame")
+                raise PeerError(ErrorCodes.PROTOCOL_ERROR, "more padding than frame")
         if not available and (self._payload_left or self._padding_left or self._pad_length_due):
             if not padding:
                 return None, position

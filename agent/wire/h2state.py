@@ -19,7 +19,7 @@ from h2.events import Event as H2Event
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes, Settings
 
-from meshbpf.agent.wire.errors import PeerFault
+from meshbpf.agent.wire.errors import PeerError
 from meshbpf.agent.wire.frames import FLAG_END_STREAM, FrameType, header
 from meshbpf.agent.wire.hpack_out import LiteralEncoder
 
@@ -50,7 +50,7 @@ class H2State(H2Connection):
                 normalize_outbound_headers=False,
             )
         )
-        values: dict[SettingCodes | int, int] = {
+        values: dict[SettingCodes, int] = {
             SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
             SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
             SettingCodes.ENABLE_PUSH: 0,
@@ -84,13 +84,13 @@ class H2State(H2Connection):
             self._closed_streams[stream_id] = stream.closed_by
 
     def feed(self, frame: bytes) -> list[H2Event]:
-        """Let h2 act on one whole frame. Raises PeerFault."""
+        """Let h2 act on one whole frame. Raises PeerError."""
         try:
             return self.receive_data(frame)
         except ProtocolError as error:
             # h2 has put a GOAWAY into its buffer; we send our own.
             self.clear_outbound_data_buffer()
-            raise PeerFault(ErrorCodes(error.error_code), str(error)) from error
+            raise PeerError(ErrorCodes(error.error_code), str(error)) from error
 
     def feed_end_of_data(self, stream_id: int) -> list[H2Event]:
         """Tell h2 that a DATA frame with END_STREAM came."""

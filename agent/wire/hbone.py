@@ -13,7 +13,7 @@ Rules that hold throughout:
 2. What is to be sent gathers in `out`, but for DATA: its header is written
    straight into the caller's buffer, in front of the payload, and the caller
    sends `out` first.
-3. A fault of the whole connection raises PeerFault, once; send `go_away` and
+3. A fault of the whole connection raises PeerError, once; send `go_away` and
    close. A fault of one stream resets that stream and is an event.
 4. Received bytes are credited to the peer by `credit` alone, after they have
    left for good, also when their stream has gone in the meantime.
@@ -29,7 +29,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
 
-from meshbpf.agent.wire.errors import PeerFault, UsageFault
+from meshbpf.agent.wire.errors import PeerError, UsageError
 from meshbpf.agent.wire.events import (
     DataReceived,
     Event,
@@ -44,7 +44,6 @@ from meshbpf.agent.wire.events import (
     StreamReset,
 )
 from meshbpf.agent.wire.frames import (
-    FLAG_END_STREAM,
     HEADER_BYTES,
     Data,
     Frame,
@@ -124,10 +123,10 @@ class HboneConnection:
     def open(self, headers: Headers) -> int:
         """Client: ask for a stream; its id. The answer comes as ResponseReceived."""
         if self.going_away:
-            raise UsageFault("no stream can be opened after GOAWAY")
+            raise UsageError("no stream can be opened after GOAWAY")
         stream_id = self._next_stream_id
         if stream_id > self._h2.HIGHEST_ALLOWED_STREAM_ID:
-            raise UsageFault("the stream ids of this tunnel are used up")
+            raise UsageError("the stream ids of this tunnel are used up")
         self._send_headers(stream_id, headers, end_stream=False)
         self._next_stream_id += 2
         self._highest_seen = stream_id
@@ -196,7 +195,7 @@ class HboneConnection:
         try:
             self._h2.reset_stream(stream_id, error_code)
         except ProtocolError as error:
-            raise UsageFault(f"stream {stream_id} cannot be reset: {error}") from error
+            raise UsageError(f"stream {stream_id} cannot be reset: {error}") from error
         self._take_h2_output()
         self._h2.forget(stream_id)
 
@@ -228,7 +227,7 @@ class HboneConnection:
     def receive(self, data: memoryview) -> list[Event]:
         """Act on received plaintext. Views in events point into `data`.
 
-        Raises PeerFault; the events before the fault are lost, for the
+        Raises PeerError; the events before the fault are lost, for the
         connection is.
         """
         events: list[Event] = []
@@ -256,11 +255,11 @@ class HboneConnection:
     def _accept_data(self, piece: Data, events: list[Event]) -> bool:
         """Account for a piece of DATA; False when its stream does not take it."""
         if piece.announced and not self._receive.take(piece.announced):
-            raise PeerFault(ErrorCodes.FLOW_CONTROL_ERROR, "more DATA than the connection's window")
+            raise PeerError(ErrorCodes.FLOW_CONTROL_ERROR, "more DATA than the connection's window")
         stream = self._streams.get(piece.stream_id)
         if stream is None:
             if piece.stream_id > self._highest_seen:
-                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "DATA on a stream that was never opened")
+                raise PeerError(ErrorCodes.PROTOCOL_ERROR, "DATA on a stream that was never opened")
             # It was on its way when the stream ended: drop it, but keep the
             # connection's window whole.
             self.credit(piece.stream_id, piece.padding + len(piece.payload))
@@ -291,16 +290,16 @@ class HboneConnection:
     def _on_window_update(self, frame: Frame) -> Iterator[Event]:
         payload = frame.payload
         if len(payload) != 4:
-            raise PeerFault(ErrorCodes.FRAME_SIZE_ERROR, "WINDOW_UPDATE is not 4 bytes long")
+            raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, "WINDOW_UPDATE is not 4 bytes long")
         increment = int.from_bytes(payload, "big") & 0x7FFFFFFF
         stream_id = frame.stream_id
         if stream_id == 0:
             if increment == 0:
-                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "WINDOW_UPDATE by 0")
+                raise PeerError(ErrorCodes.PROTOCOL_ERROR, "WINDOW_UPDATE by 0")
             try:
                 self._send.change(increment)
             except WindowOverflowError:
-                raise PeerFault(
+                raise PeerError(
                     ErrorCodes.FLOW_CONTROL_ERROR, "the connection's window passes 2^31-1"
                 ) from None
             yield SendWindowOpened(0)
@@ -308,7 +307,7 @@ class HboneConnection:
         stream = self._streams.get(stream_id)
         if stream is None:
             if stream_id > self._highest_seen:
-                raise PeerFault(ErrorCodes.PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream")
+                raise PeerError(ErrorCodes.PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream")
             return
         fault = ErrorCodes.PROTOCOL_ERROR if increment == 0 else None
         try:
@@ -324,7 +323,7 @@ class HboneConnection:
     def _on_go_away(self, frame: Frame) -> Iterator[Event]:
         payload = frame.payload
         if len(payload) < 8:
-            raise PeerFault(ErrorCodes.FRAME_SIZE_ERROR, "GOAWAY is shorter than 8 bytes")
+            raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, "GOAWAY is shorter than 8 bytes")
         last = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF
         error_code = int.from_bytes(payload[4:8], "big")
         self.going_away = True
@@ -401,7 +400,7 @@ class HboneConnection:
             # nothing and us a dial each.
             self._early_resets += 1
             if self._early_resets > EARLY_RESET_LIMIT:
-                raise PeerFault(ErrorCodes.ENHANCE_YOUR_CALM, "too many streams reset unanswered")
+                raise PeerError(ErrorCodes.ENHANCE_YOUR_CALM, "too many streams reset unanswered")
         yield StreamReset(stream_id, int(event.error_code or 0), bool(event.remote_reset))
 
     def _on_settings(self, event: h2.events.RemoteSettingsChanged) -> Event:
@@ -414,7 +413,7 @@ class HboneConnection:
                 for stream in self._streams.values():
                     stream.send.change(delta)
             except WindowOverflowError:
-                raise PeerFault(
+                raise PeerError(
                     ErrorCodes.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE makes a window overflow"
                 ) from None
         remote = self._h2.remote_settings
@@ -428,7 +427,7 @@ class HboneConnection:
         try:
             self._h2.send_headers(stream_id, headers, end_stream=end_stream)
         except ProtocolError as error:
-            raise UsageFault(f"HEADERS on stream {stream_id}: {error}") from error
+            raise UsageError(f"HEADERS on stream {stream_id}: {error}") from error
         self._take_h2_output()
 
     def _take_h2_output(self) -> None:

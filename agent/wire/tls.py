@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ALPN_H2 = b"h2"
 CIPHERSUITES = b"TLS_AES_256_GCM_SHA384:TLS_AES_128_GCM_SHA256"
+_MODE_ENABLE_PARTIAL_WRITE = 0x1  # openssl/ssl.h; pyOpenSSL sets it without a name for it
 
 _REASONS = {
     number: name.removeprefix("ERR_").lower().replace("_", " ")
@@ -86,9 +87,7 @@ class WorkloadTls:
     not_after: datetime
 
 
-def workload_tls(
-    chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes
-) -> WorkloadTls:
+def workload_tls(chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes) -> WorkloadTls:
     """Both contexts for the certificate at the head of `chain_pem`."""
     leaf, _ = _chain(chain_pem)
     return WorkloadTls(
@@ -100,9 +99,7 @@ def workload_tls(
     )
 
 
-def server_context(
-    chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes
-) -> SSL.Context:
+def server_context(chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes) -> SSL.Context:
     """A context that serves HBONE; clients must prove an id of the same trust domain."""
     context = _context(chain_pem, key, roots_pem)
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _verify)
@@ -110,9 +107,7 @@ def server_context(
     return context
 
 
-def client_context(
-    chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes
-) -> SSL.Context:
+def client_context(chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes) -> SSL.Context:
     """A context that dials HBONE; whom to expect is said for each connection."""
     context = _context(chain_pem, key, roots_pem)
     context.set_verify(SSL.VERIFY_PEER, _verify)
@@ -148,14 +143,15 @@ def _context(chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes) -
     context.set_session_id(b"meshbpf")
     # One SSL_write is to turn a whole chunk into records; with this mode on,
     # which is pyOpenSSL's default, it returns after the first 16 KiB.
-    context.clear_mode(SSL.MODE_ENABLE_PARTIAL_WRITE)
+    context.clear_mode(_MODE_ENABLE_PARTIAL_WRITE)
     context.use_certificate(leaf)
     for certificate in intermediates:
         context.add_extra_chain_cert(certificate)
     context.use_privatekey(key)
     context.check_privatekey()
     store = context.get_cert_store()
-    assert store is not None
+    if store is None:
+        raise TlsError("no-cert-store", "OpenSSL gave a context without a certificate store")
     # A root file may name an intermediate as its anchor.
     store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     for root in _certificates(roots_pem, "the trusted roots"):

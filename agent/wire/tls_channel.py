@@ -11,7 +11,7 @@ from __future__ import annotations
 from OpenSSL import SSL
 
 from meshbpf.agent.core.identity import SpiffeId
-from meshbpf.agent.wire.errors import TlsError
+from meshbpf.agent.wire.errors import TlsError, UsageError
 from meshbpf.agent.wire.tls import Expectation
 
 RECORD_BYTES = 16384
@@ -37,9 +37,10 @@ class TlsChannel:
 
     @property
     def peer(self) -> SpiffeId:
-        """Who the other end proved to be. Only after the handshake."""
+        """Who the other end proved to be. UsageError before the handshake."""
         peer = self._expectation.peer
-        assert peer is not None, "no handshake yet"
+        if peer is None:
+            raise UsageError("the TLS handshake is not done yet")
         return peer
 
     def handshake(self) -> bool:
@@ -92,7 +93,8 @@ class TlsChannel:
             written = self._connection.send(plaintext)
         except SSL.Error as error:
             raise self._fault("write", error) from error
-        assert written == size, "partial writes are switched off"
+        if written != size:
+            raise UsageError("OpenSSL wrote a part: partial writes must be switched off")
         self._unsent_bytes += size + _RECORD_OVERHEAD_BYTES * (-(-size // RECORD_BYTES))
 
     def take(self) -> bytes:

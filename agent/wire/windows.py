@@ -26,8 +26,7 @@ class SendWindow:
         self.available = available
 
     def use(self, size: int) -> None:
-        """Account for `size` bytes being sent, at most `available`."""
-        assert 0 <= size <= max(self.available, 0)
+        """Account for `size` bytes being sent. The caller keeps to `available`."""
         self.available -= size
 
     def change(self, delta: int) -> None:

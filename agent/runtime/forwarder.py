@@ -1,0 +1,146 @@
+"""The forwarder: serves all captured connections of all pods on this node.
+
+One nursery per pod holds its listeners, tunnels and connections; nothing that
+goes wrong in a connection leaves its task. Cancelling a pod's `serve` ends
+everything of it at once: tunnels say GOAWAY, connections are reset, so peers
+know within two seconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import trio
+from meshbpf.agent.datapath.steering import Role
+
+from meshbpf.agent.runtime.connections import ConnectionRegistry, ConnectionStatistics
+from meshbpf.agent.runtime.identity_source import Identities
+from meshbpf.agent.runtime.inbound import Inbound
+from meshbpf.agent.runtime.local_pod import LocalPod
+from meshbpf.agent.runtime.mesh_view import MeshView
+from meshbpf.agent.runtime.outbound import Outbound
+from meshbpf.agent.runtime.pool import PoolStatistics
+from meshbpf.agent.runtime.sockets import SocketFactory, prepare
+from meshbpf.agent.runtime.tasks import guarded
+
+__all__ = [
+    "ConnectionRegistry",
+    "Forwarder",
+    "ForwarderStatistics",
+    "Identities",
+    "LocalPod",
+    "SocketFactory",
+]
+
+log = logging.getLogger(__name__)
+
+_ACCEPT_BATCH = 32
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_EXHAUSTED_WAIT_S = 0.1
+# accept(2): the connection broke while it was queued; the next may be fine.
+_BROKEN_IN_QUEUE = frozenset(
+    {
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwarderStatistics:
+    """The forwarder's part of `status`."""
+
+    connections: ConnectionStatistics
+    pools: Mapping[str, PoolStatistics]
+    """By pod."""
+    accept_failures: int
+    """Times that a listener ran out of descriptors or memory."""
+
+
+class Forwarder:
+    """Serves pods; see the module."""
+
+    def __init__(
+        self,
+        mesh: MeshView,
+        identities: Identities,
+        connections: ConnectionRegistry,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._mesh = mesh
+        self._identities = identities
+        self._connections = connections
+        self._rng = rng or random.Random()  # noqa: S311 - it picks endpoints, no secrets
+        self._pods: dict[str, LocalPod] = {}
+        self._accept_failures = 0
+
+    async def serve(
+        self, pod: LocalPod, listeners: Mapping[tuple[Role, int], socket.socket]
+    ) -> None:
+        """Serve one pod until cancelled. The listeners stay the caller's to close."""
+        self._pods[pod.key] = pod
+        try:
+            async with trio.open_nursery() as nursery:
+                outbound = Outbound(
+                    pod, self._mesh, self._identities, self._connections, nursery, self._rng
+                )
+                inbound = Inbound(pod, self._mesh, self._identities, self._connections, nursery)
+                handlers = {
+                    Role.OUTBOUND: outbound.serve,
+                    Role.INBOUND: inbound.serve_plain,
+                    Role.HBONE: inbound.serve_hbone,
+                }
+                for (role, _family), listener in listeners.items():
+                    nursery.start_soon(self._accept, nursery, listener, handlers[role])
+        finally:
+            if self._pods.get(pod.key) is pod:
+                del self._pods[pod.key]
+
+    def statistics(self) -> ForwarderStatistics:
+        """For `status`."""
+        return ForwarderStatistics(
+            connections=self._connections.statistics(),
+            pools={key: pod.pool.statistics() for key, pod in self._pods.items()},
+            accept_failures=self._accept_failures,
+        )
+
+    async def _accept(
+        self,
+        nursery: trio.Nursery,
+        listener: socket.socket,
+        handler: Callable[[socket.socket], Awaitable[None]],
+    ) -> None:
+        # Accepted sockets inherit the options of the listener, which saves
+        # six system calls for each of them.
+        prepare(listener)
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            for _ in range(_ACCEPT_BATCH):
+                try:
+                    sock, _address = listener.accept()
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno in _BROKEN_IN_QUEUE:
+                        continue
+                    if error.errno not in _EXHAUSTED:
+                        raise
+                    self._accept_failures += 1
+                    log.error("cannot accept: %s; connections wait in the queue", error.strerror)
+                    await trio.sleep(_EXHAUSTED_WAIT_S)
+                    break
+                sock.setblocking(False)
+                nursery.start_soon(guarded, handler, sock)

@@ -1,0 +1,265 @@
+"""Connections into a pod: HBONE streams and plaintext, judged, dialed to the app, relayed.
+
+An HBONE stream is answered 200 only once policy has let it in and the app has
+accepted: the client's `connect()` then means what it says. Refusals are
+statuses (400, 401, 503); plaintext can only be reset.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import trio
+from h2.errors import ErrorCodes
+
+from meshbpf.agent.core.address import IPAddress, SocketAddress
+from meshbpf.agent.core.authz import ConnectionFacts
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.route import InboundRoute, Refused
+from meshbpf.agent.core.routing import inbound_hbone, inbound_plain
+from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.runtime.connections import (
+    ConnectionRegistry,
+    Direction,
+    LiveConnection,
+    Transport,
+    decide,
+)
+from meshbpf.agent.runtime.handshake import shake_hands
+from meshbpf.agent.runtime.identity_source import Identities
+from meshbpf.agent.runtime.local_pod import LocalPod
+from meshbpf.agent.runtime.mesh_view import MeshView, local_workload
+from meshbpf.agent.runtime.sockets import (
+    DialError,
+    connect,
+    family_of,
+    hang_up,
+    local_address,
+    peer_address,
+)
+from meshbpf.agent.runtime.splice import splice_both
+from meshbpf.agent.runtime.stream import TunnelStream
+from meshbpf.agent.runtime.tasks import guarded
+from meshbpf.agent.runtime.tunnel import Tunnel
+from meshbpf.agent.wire import headers
+from meshbpf.agent.wire.events import RequestReceived
+from meshbpf.agent.wire.tls import Expectation
+
+log = logging.getLogger(__name__)
+
+_HANDSHAKE_LIMIT = 256
+"""Handshakes of one pod at a time. A flood of them waits in the listener's queue."""
+
+
+class DeniedError(MeshbpfError):
+    """Policy does not let the connection in."""
+
+
+class Inbound:
+    """The inbound half of one pod."""
+
+    def __init__(
+        self,
+        pod: LocalPod,
+        mesh: MeshView,
+        identities: Identities,
+        connections: ConnectionRegistry,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._pod = pod
+        self._mesh = mesh
+        self._identities = identities
+        self._connections = connections
+        self._nursery = nursery
+        self._handshakes = trio.Semaphore(_HANDSHAKE_LIMIT)
+
+    # --- HBONE --------------------------------------------------------------
+
+    async def serve_hbone(self, sock: socket.socket) -> None:
+        """Serve one tunnel to its end, and close it."""
+        try:
+            source = peer_address(sock)
+            listener = local_address(sock)
+            async with self._handshakes:
+                workload = await local_workload(self._pod, self._mesh)
+                tls = await self._identities.tls(workload.identity)
+                channel = await shake_hands(
+                    sock,
+                    tls.server,
+                    Expectation(trust_domain=workload.identity.trust_domain),
+                    server=True,
+                )
+        except BaseException:
+            sock.close()
+            raise
+
+        def on_request(tunnel: Tunnel, request: RequestReceived, stream: TunnelStream) -> None:
+            self._nursery.start_soon(
+                guarded, self._serve_stream, tunnel, request, stream, source, listener
+            )
+
+        tunnel = Tunnel(sock, channel, self._nursery, server=True, on_request=on_request)
+        tunnel.start()
+        await tunnel.run()
+
+    async def _serve_stream(
+        self,
+        tunnel: Tunnel,
+        request: RequestReceived,
+        stream: TunnelStream,
+        source: SocketAddress,
+        listener: SocketAddress,
+    ) -> None:
+        mesh = self._mesh()
+        workload = self._pod.workload(mesh)
+        route = self._route(request, workload, listener)
+        if isinstance(route, Refused) or workload is None:
+            status, reason = (
+                (route.status, route.reason)
+                if isinstance(route, Refused)
+                else (503, f"{self._pod.key} is not in the mesh state")
+            )
+            log.warning("%s from %s refused with %d: %s", request.authority, source, status, reason)
+            tunnel.respond(stream, headers.response(status), end_stream=True)
+            return
+        with self._connections.track(
+            self._pod, Direction.INBOUND, Transport.HBONE, source, route.target
+        ) as live:
+            live.source_identity = tunnel.peer
+            live.destination_identity = workload.identity
+            live.destination_workload = workload
+            live.source_workload = mesh.workload_at(workload.network, source.ip)
+            live.service = "" if route.service is None else str(route.service.key)
+            live.target = route.target
+            live.tunnel_address = listener
+            stream.bind(live.scope, taken_from_app=live.received, sent_to_app=live.sent)
+            try:
+                with live.scope:
+                    await self._carry_stream(live, tunnel, stream, workload, route.target)
+            finally:
+                if stream.failure:
+                    live.error = live.error or stream.failure
+                # Not 0: a policy that cuts a stream is no orderly end.
+                stream.abandon(ErrorCodes.REFUSED_STREAM if live.denied else ErrorCodes.CANCEL)
+
+    def _route(
+        self, request: RequestReceived, workload: Workload | None, listener: SocketAddress
+    ) -> InboundRoute | Refused:
+        if not request.well_formed or request.method != b"CONNECT":
+            return Refused("not a well-formed CONNECT", "bad-request", 400)
+        if workload is None:
+            return Refused(f"{self._pod.key} is not in the mesh state", "unknown-workload", 503)
+        try:
+            authority = request.authority.decode("ascii")
+        except UnicodeDecodeError:
+            return Refused("the authority is not ASCII", "bad-authority", 400)
+        return inbound_hbone(
+            self._mesh(), workload, self._pod.addresses, authority, arrived_at=listener.ip
+        )
+
+    async def _carry_stream(
+        self,
+        live: LiveConnection,
+        tunnel: Tunnel,
+        stream: TunnelStream,
+        workload: Workload,
+        target: SocketAddress,
+    ) -> None:
+        try:
+            app = await self._admit(live, target)
+        except DeniedError as error:
+            live.error = error.what
+            tunnel.respond(stream, headers.response(401), end_stream=True)
+            return
+        except (DialError, OSError) as error:
+            live.error = str(error)
+            tunnel.respond(stream, headers.response(503), end_stream=True)
+            return
+        try:
+            answer = headers.response(200, headers.baggage(workload))
+            if not tunnel.respond(stream, answer, end_stream=False):
+                return
+            await stream.relay(app)
+            live.finished = True
+        finally:
+            stream.abandon(ErrorCodes.REFUSED_STREAM if live.denied else ErrorCodes.CANCEL)
+            hang_up(app, finished=live.finished)
+
+    # --- plaintext ----------------------------------------------------------
+
+    async def serve_plain(self, client: socket.socket) -> None:
+        """Carry one accepted plaintext connection to its end, and close it."""
+        finished = False
+        try:
+            source = peer_address(client)
+            target = local_address(client)
+            if target.ip.is_loopback:
+                raise DialError("not-captured", f"{source} dialed the inbound listener itself")
+            workload = await local_workload(self._pod, self._mesh)
+            mesh = self._mesh()
+            route = inbound_plain(mesh, workload, target)
+            if isinstance(route, Refused):
+                raise DialError(route.code, f"{source} to {target}: {route.reason}")
+            with self._connections.track(
+                self._pod, Direction.INBOUND, Transport.TCP, source, target
+            ) as live:
+                live.destination_workload = workload
+                live.source_workload = mesh.workload_at(workload.network, source.ip)
+                live.service = "" if route.service is None else str(route.service.key)
+                live.target = route.target
+                try:
+                    with live.scope:
+                        await self._carry_plain(client, live, route.target)
+                except (MeshbpfError, OSError) as error:
+                    live.error = live.error or str(error)
+                    raise
+                finished = live.finished
+        finally:
+            hang_up(client, finished=finished)
+
+    async def _carry_plain(
+        self, client: socket.socket, live: LiveConnection, target: SocketAddress
+    ) -> None:
+        app = await self._admit(live, target)
+        try:
+            await splice_both(client, app, live.sent, live.received)
+            live.finished = True
+        finally:
+            hang_up(app, finished=live.finished)
+
+    # --- both ---------------------------------------------------------------
+
+    async def _admit(self, live: LiveConnection, target: SocketAddress) -> socket.socket:
+        """Ask policy, then dial the app from the client's address.
+
+        Raises DeniedError, DialError or OSError.
+        """
+        # From here on a new state rechecks this connection, so whichever of
+        # the two comes last, the connection is judged by the newest state.
+        live.facts = ConnectionFacts(
+            source_identity=live.source_identity,
+            source_ip=live.source.ip,
+            destination_ip=target.ip,
+            destination_port=target.port,
+        )
+        decision = decide(self._pod, live.facts, self._mesh())
+        for line in decision.dry_run:
+            log.info("dry run: %s to %s: %s", live.source, target, line)
+        if not decision.allowed:
+            self._connections.refused()
+            raise DeniedError("policy-denied", f"{live.source} to {target}: {decision.reason}")
+        app = self._pod.sockets.to_app(family_of(target.ip), self._client_for(live.source, target))
+        try:
+            await connect(app, target)
+        except BaseException:
+            app.close()
+            raise
+        live.opened(target)
+        return app
+
+    def _client_for(self, source: SocketAddress, target: SocketAddress) -> IPAddress | None:
+        """The address to dial the app from: the client's, unless it is the pod's own."""
+        if source.ip in self._pod.addresses or source.ip.version != target.ip.version:
+            return None
+        return source.ip

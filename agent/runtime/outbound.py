@@ -1,0 +1,211 @@
+"""Connections that a pod's app opened: route them, tunnel or dial, relay.
+
+Whatever goes wrong, the app sees a TCP reset: that is what a refused or
+broken connection looks like to it, and no byte of ours could tell it more.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import socket
+from collections.abc import Callable
+
+import trio
+
+from meshbpf.agent.core.address import IPAddress, SocketAddress
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.route import HboneRoute, PlainRoute, Refused
+from meshbpf.agent.core.routing import outbound
+from meshbpf.agent.core.service import Service
+from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.runtime.connections import (
+    ConnectionRegistry,
+    Direction,
+    LiveConnection,
+    Transport,
+)
+from meshbpf.agent.runtime.handshake import shake_hands
+from meshbpf.agent.runtime.identity_source import Identities
+from meshbpf.agent.runtime.local_pod import LocalPod
+from meshbpf.agent.runtime.mesh_view import MeshView, local_workload
+from meshbpf.agent.runtime.pool import PoolKey
+from meshbpf.agent.runtime.sockets import (
+    DialError,
+    connect,
+    family_of,
+    hang_up,
+    local_address,
+    peer_address,
+)
+from meshbpf.agent.runtime.splice import splice_both
+from meshbpf.agent.runtime.tasks import guarded
+from meshbpf.agent.runtime.tunnel import Tunnel
+from meshbpf.agent.wire import headers
+from meshbpf.agent.wire.errors import WireError
+from meshbpf.agent.wire.tls import Expectation
+
+log = logging.getLogger(__name__)
+
+_IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h
+
+TunnelGone = Callable[[Tunnel], None]
+"""What the pool wants called when a tunnel takes no more streams."""
+
+
+class Outbound:
+    """The outbound half of one pod."""
+
+    def __init__(
+        self,
+        pod: LocalPod,
+        mesh: MeshView,
+        identities: Identities,
+        connections: ConnectionRegistry,
+        nursery: trio.Nursery,
+        rng: random.Random,
+    ) -> None:
+        self._pod = pod
+        self._mesh = mesh
+        self._identities = identities
+        self._connections = connections
+        self._nursery = nursery
+        self._rng = rng
+
+    async def serve(self, app: socket.socket) -> None:
+        """Carry one accepted connection to its end, and close it."""
+        finished = False
+        try:
+            target = local_address(app)
+            source = peer_address(app)
+            if target.ip.is_loopback:
+                # Steering leaves loopback alone: somebody dialed our port.
+                raise DialError("not-captured", f"{source} dialed the outbound listener itself")
+            workload = await local_workload(self._pod, self._mesh)
+            route = outbound(self._mesh(), workload, target, rng=self._rng)
+            transport = Transport.HBONE if isinstance(route, HboneRoute) else Transport.TCP
+            with self._connections.track(
+                self._pod, Direction.OUTBOUND, transport, source, target
+            ) as live:
+                live.source_workload = workload
+                try:
+                    with live.scope:
+                        await self._carry(app, live, workload, route)
+                except (MeshbpfError, OSError) as error:
+                    live.error = live.error or _reason(error)
+                    raise
+                finished = live.finished
+        finally:
+            hang_up(app, finished=finished)
+
+    async def _carry(
+        self,
+        app: socket.socket,
+        live: LiveConnection,
+        workload: Workload,
+        route: HboneRoute | PlainRoute | Refused,
+    ) -> None:
+        match route:
+            case Refused():
+                raise DialError(route.code, f"{live.source} to {live.destination}: {route.reason}")
+            case PlainRoute():
+                live.destination_workload = route.destination
+                live.service = _service_name(route.service)
+                live.target = route.target
+                await self._plain(app, live, route)
+            case HboneRoute():
+                live.destination_workload = route.destination
+                live.service = _service_name(route.service)
+                live.target = route.target
+                live.tunnel_address = route.gateway
+                await self._hbone(app, live, workload, route)
+
+    async def _plain(self, app: socket.socket, live: LiveConnection, route: PlainRoute) -> None:
+        upstream = await self._dial_tcp(live.source.ip, route.target)
+        try:
+            live.opened(route.target)
+            await splice_both(app, upstream, live.sent, live.received)
+            live.finished = True
+        finally:
+            hang_up(upstream, finished=live.finished)
+
+    async def _hbone(
+        self, app: socket.socket, live: LiveConnection, workload: Workload, route: HboneRoute
+    ) -> None:
+        live.source_identity = workload.identity
+        request = headers.connect_request(
+            route.authority,
+            headers.baggage(workload),
+            live.source,
+            route.service.hostname if route.service is not None else None,
+            headers.traceparent(secrets.token_bytes(24)),
+        )
+        source = self._source_for(live.source.ip, route.gateway.ip)
+        key = PoolKey(workload.identity, route.expected, route.gateway, source)
+
+        async def dial(on_unusable: TunnelGone) -> Tunnel:
+            return await self._dial_tunnel(key, on_unusable)
+
+        stream = await self._pod.pool.open(key, dial, request)
+        try:
+            stream.bind(live.scope, taken_from_app=live.sent, sent_to_app=live.received)
+            answer = await stream.wait_response()
+            if answer is None:
+                raise WireError("stream-failed", f"{route.gateway}: {stream.failure}")
+            if answer.status != 200:
+                raise WireError(
+                    f"status-{answer.status}", f"{route.gateway} answered {answer.status}"
+                )
+            live.destination_identity = stream.tunnel.peer
+            live.opened(route.gateway)
+            await stream.relay(app)
+            live.finished = True
+        finally:
+            if stream.failure:
+                live.error = live.error or stream.failure
+            stream.abandon()
+
+    async def _dial_tunnel(self, key: PoolKey, on_unusable: TunnelGone) -> Tunnel:
+        tls = await self._identities.tls(key.source_identity)
+        sock = await self._dial_tcp(key.source, key.gateway)
+        try:
+            channel = await shake_hands(
+                sock, tls.client, Expectation(allowed=key.allowed), server=False
+            )
+            tunnel = Tunnel(sock, channel, self._nursery, server=False, on_unusable=on_unusable)
+            tunnel.start()
+        except BaseException:
+            sock.close()
+            raise
+        self._nursery.start_soon(guarded, tunnel.run)
+        return tunnel
+
+    async def _dial_tcp(self, source: IPAddress, target: SocketAddress) -> socket.socket:
+        family = family_of(target.ip)
+        sock = self._pod.sockets.outbound(family)
+        try:
+            if source.version == target.ip.version:
+                # The port is chosen at connect(), by the whole tuple.
+                sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+                sock.bind((str(source), 0))
+            await connect(sock, target)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _source_for(self, source: IPAddress, gateway: IPAddress) -> IPAddress:
+        """The client's own address, or the pod's of the gateway's family."""
+        if source.version == gateway.version:
+            return source
+        own = [each for each in self._pod.addresses if each.version == gateway.version]
+        return min(own, key=int, default=source)
+
+
+def _service_name(service: Service | None) -> str:
+    return "" if service is None else str(service.key)
+
+
+def _reason(error: Exception) -> str:
+    return error.what if isinstance(error, MeshbpfError) else str(error)

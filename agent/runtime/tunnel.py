@@ -1,0 +1,457 @@
+"""One tunnel: a TCP socket, TLS over it, HTTP/2 in that, and the tasks that serve it.
+
+The reader task takes large pieces from the socket and acts on everything in
+them before it waits again. Whoever sends writes to the socket at once; only
+what the kernel does not take waits in the backlog for the flush task, and
+while there is a backlog no stream reads from its app. So at most one chunk
+and some control frames wait for a socket, however many streams there are.
+
+Streams outlive the tunnel only to drain: one that both sides have ended may
+still have bytes for a slow app.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+from h2.errors import ErrorCodes
+
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.runtime.scratch import SCRATCH, Layout
+from meshbpf.agent.runtime.stream import TunnelStream
+from meshbpf.agent.wire.errors import PeerError, TlsError, WireError
+from meshbpf.agent.wire.events import (
+    DataReceived,
+    Event,
+    GoAwayReceived,
+    Headers,
+    RequestReceived,
+    ResponseReceived,
+    SendWindowOpened,
+    StreamEnded,
+    StreamReset,
+)
+from meshbpf.agent.wire.hbone import HboneConnection
+from meshbpf.agent.wire.tls_channel import TlsChannel
+
+log = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 10.0
+PING_TIMEOUT_S = 20.0
+IDLE_LIMIT_S = 300.0
+"""How long a pooled tunnel without streams is kept."""
+BACKLOG_LIMIT_BYTES = 4 * 1024 * 1024
+"""Only a peer that makes us answer and never reads gets here."""
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelStatistics:
+    """A tunnel at one moment."""
+
+    streams: int
+    backlog_bytes: int
+    pooled: bool
+    going_away: bool
+
+
+class Tunnel:
+    """A connected tunnel. `run` serves it; until then nothing is read."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        channel: TlsChannel,
+        nursery: trio.Nursery,
+        *,
+        server: bool,
+        on_request: Callable[[Tunnel, RequestReceived, TunnelStream], None] | None = None,
+        on_unusable: Callable[[Tunnel], None] | None = None,
+    ) -> None:
+        self.nursery = nursery
+        """Where drains and stream handlers run: it outlives the tunnel."""
+        self.pooled = False
+        """New streams may come from the pool; else the tunnel ends with its last stream."""
+        self.closed = False
+        self._sock = sock
+        self._channel = channel
+        self._server = server
+        self._wire = HboneConnection(server=server)
+        self._on_request = on_request
+        self._on_unusable = on_unusable
+        self._streams: dict[int, TunnelStream] = {}
+        self._backlog: deque[memoryview] = deque()
+        self._backlog_bytes = 0
+        self._flush_wanted = trio.lowlevel.ParkingLot()
+        self._turn: dict[TunnelStream, None] = {}
+        """Streams that wait for the socket, first come first served."""
+        self._windowless: dict[TunnelStream, None] = {}
+        """Streams that wait for a window."""
+        self._scope = trio.CancelScope()
+        self._end_reason = "the tunnel was closed"
+        self._heard = False
+        """Something was received since the last PING was sent."""
+        self._idle_since: float | None = None
+
+    # --- for the pool and the owners ----------------------------------------
+
+    @property
+    def peer(self) -> SpiffeId:
+        """Who the other end proved to be."""
+        return self._channel.peer
+
+    @property
+    def usable(self) -> bool:
+        """Whether a stream can be opened."""
+        return not self.closed and not self._wire.going_away
+
+    @property
+    def stream_count(self) -> int:
+        """Open streams."""
+        return len(self._streams)
+
+    @property
+    def max_streams(self) -> int:
+        """The peer's limit."""
+        return self._wire.max_streams
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the last stream ended, in trio time; None while there is one."""
+        return self._idle_since
+
+    def statistics(self) -> TunnelStatistics:
+        """For `status`."""
+        return TunnelStatistics(
+            streams=len(self._streams),
+            backlog_bytes=self._backlog_bytes,
+            pooled=self.pooled,
+            going_away=self._wire.going_away,
+        )
+
+    def start(self) -> None:
+        """Queue our preface and SETTINGS."""
+        self._wire.start()
+        self._send_control()
+
+    def open(self, headers: Headers) -> TunnelStream:
+        """Ask the peer for a stream. Raises WireError when the tunnel takes none."""
+        stream_id = self._wire.open(headers)
+        stream = TunnelStream(self, stream_id)
+        self._streams[stream_id] = stream
+        self._idle_since = None
+        self._send_control()
+        return stream
+
+    def respond(self, stream: TunnelStream, headers: Headers, *, end_stream: bool) -> bool:
+        """Answer a request; False when the stream has gone."""
+        answered = self._wire.respond(stream.id, headers, end_stream=end_stream)
+        self._send_control()
+        if end_stream:
+            self._drop(stream)
+        return answered
+
+    def release(self) -> None:
+        """The pool hands out no more streams: end with the last one."""
+        self.pooled = False
+        if not self._streams:
+            self.close("it was idle")
+
+    def close(self, reason: str) -> None:
+        """End the tunnel now; `run` says goodbye and returns."""
+        self._end_reason = reason
+        self._scope.cancel()
+
+    # --- for streams --------------------------------------------------------
+
+    @property
+    def max_frame_bytes(self) -> int:
+        """The longest DATA payload that the peer takes."""
+        return self._wire.max_frame_bytes
+
+    def send_budget(self, stream: TunnelStream) -> int:
+        """How much the stream may send now: 0 while the socket is behind."""
+        return 0 if self._backlog else self._wire.send_budget(stream.id)
+
+    def send_chunk(self, stream: TunnelStream, layout: Layout, size: int) -> None:
+        """Send `size` bytes that were read into `layout`; at most `send_budget`."""
+        wire, stream_id = self._wire, stream.id
+        if wire.out:
+            self._encrypt_control()
+        self._channel.write(
+            layout.frame(
+                size,
+                lambda buffer, at, length: wire.write_data_header(buffer, at, stream_id, length),
+            )
+        )
+        self._transmit()
+        self._pass_turn()
+
+    async def wait_turn(self, stream: TunnelStream, parking: trio.lowlevel.ParkingLot) -> None:
+        """Wait until `send_budget` may have risen. Cancelling it loses nobody's turn."""
+        queue = self._turn if self._backlog else self._windowless
+        if queue is self._windowless:
+            # The socket is free and this stream cannot use it.
+            self._pass_turn()
+        queue[stream] = None
+        try:
+            await parking.park()
+        except trio.Cancelled:
+            queue.pop(stream, None)
+            self._pass_turn()
+            raise
+        queue.pop(stream, None)
+
+    def credit(self, stream: TunnelStream, size: int) -> None:
+        """`size` received bytes of the stream have left for good."""
+        if size and not self.closed:
+            self._wire.credit(stream.id, size)
+            if self._wire.out:
+                self._send_control()
+
+    def end_stream(self, stream: TunnelStream) -> None:
+        """Our direction is over."""
+        if not self.closed:
+            self._wire.end(stream.id)
+            self._send_control()
+        if stream.complete:
+            self._drop(stream)
+
+    def reset_stream(self, stream: TunnelStream, error_code: ErrorCodes) -> None:
+        """End the stream in both directions, if it is not already over."""
+        if not self.closed:
+            self._wire.reset(stream.id, error_code)
+            self._send_control()
+        self._drop(stream)
+
+    # --- life ---------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Serve the tunnel until either side ends it. Cancelled: says GOAWAY and closes."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._flush)
+                    nursery.start_soon(self._keep_alive)
+                    await self._read()
+                    nursery.cancel_scope.cancel()
+            self._say_goodbye(ErrorCodes.NO_ERROR)
+        except* (WireError, OSError) as faults:
+            fault = _first(faults)
+            self._end_reason = str(fault)
+            log.info("tunnel with %s ended: %s", self._peer_name(), fault)
+            code = fault.error_code if isinstance(fault, PeerError) else ErrorCodes.NO_ERROR
+            self._say_goodbye(code)
+        except* trio.Cancelled:
+            self._end_reason = "the agent is shutting down"
+            self._say_goodbye(ErrorCodes.NO_ERROR)
+            raise
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        self.closed = True
+        if self._on_unusable is not None:
+            self._on_unusable(self)
+        self._sock.close()
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.on_reset(self._end_reason)
+        self._turn.clear()
+        self._windowless.clear()
+
+    async def _read(self) -> None:
+        sock = self._sock
+        ciphertext = SCRATCH.ciphertext
+        # What followed the handshake in the same segment is here already.
+        self._process()
+        while True:
+            try:
+                size = sock.recv_into(ciphertext)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(sock)
+                continue
+            if not size:
+                self._end_reason = "the peer closed the tunnel"
+                return
+            self._heard = True
+            self._channel.receive(ciphertext[:size])
+            self._process()
+            if size < len(ciphertext):
+                await trio.lowlevel.wait_readable(sock)
+            else:
+                await trio.lowlevel.checkpoint()
+
+    def _process(self) -> None:
+        """Decrypt and act on all that has been received."""
+        plaintext = SCRATCH.plaintext
+        while size := self._channel.read_into(plaintext):
+            for event in self._wire.receive(plaintext[:size]):
+                self._on_event(event)
+            if size < len(plaintext):
+                break
+        # TLS may have something to say as well (a key update).
+        self._send_control()
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case DataReceived(stream_id, views, size):
+                stream = self._streams.get(stream_id)
+                if stream is not None:
+                    stream.on_data(views, size)
+                else:
+                    self._wire.credit(stream_id, size)
+            case SendWindowOpened():
+                self._on_window(event.stream_id)
+            case RequestReceived(stream_id):
+                stream = TunnelStream(self, stream_id)
+                self._streams[stream_id] = stream
+                if self._on_request is not None:
+                    self._on_request(self, event, stream)
+            case ResponseReceived(stream_id):
+                if (stream := self._streams.get(stream_id)) is not None:
+                    stream.on_response(event)
+            case StreamEnded(stream_id):
+                if (stream := self._streams.get(stream_id)) is not None:
+                    stream.on_end()
+                    if stream.complete:
+                        self._drop(stream)
+            case StreamReset(stream_id, error_code, by_peer):
+                if (stream := self._streams.get(stream_id)) is not None:
+                    self._drop(stream)
+                    stream.on_reset(_reset_reason(error_code, by_peer))
+            case GoAwayReceived():
+                if not self._server:
+                    self._leave_pool()
+            case _:
+                pass  # SETTINGS are in the wire's attributes; a PING's answer is in _heard
+
+    def _on_window(self, stream_id: int) -> None:
+        if stream_id == 0:
+            waiting = list(self._windowless)
+        else:
+            waiting = [each for each in (self._streams.get(stream_id),) if each is not None]
+        for stream in waiting:
+            stream.unpark()
+
+    def _drop(self, stream: TunnelStream) -> None:
+        if self._streams.pop(stream.id, None) is not None and not self._streams:
+            self._idle_since = trio.current_time()
+            if not (self._server or self.pooled or self.closed):
+                self.close("its last stream ended")
+
+    # --- sending ------------------------------------------------------------
+
+    def _encrypt_control(self) -> None:
+        self._channel.write(self._wire.out)
+        self._wire.out.clear()
+
+    def _send_control(self) -> None:
+        if self._wire.out:
+            self._encrypt_control()
+        self._transmit()
+
+    def _transmit(self) -> None:
+        """Send what TLS has ready; keep what the socket does not take."""
+        ciphertext = self._channel.take()
+        if not ciphertext or self.closed:
+            return
+        sent = 0
+        if not self._backlog:
+            try:
+                sent = self._sock.send(ciphertext)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                # The reader ends the tunnel: it may be deep in a call of ours.
+                self.close(f"sending failed: {error.strerror}")
+                return
+            if sent == len(ciphertext):
+                return
+        self._backlog.append(memoryview(ciphertext)[sent:])
+        self._backlog_bytes += len(ciphertext) - sent
+        if self._backlog_bytes > BACKLOG_LIMIT_BYTES:
+            self.close("the peer reads nothing of what it asks for")
+            return
+        self._flush_wanted.unpark_all()
+
+    async def _flush(self) -> None:
+        sock, backlog = self._sock, self._backlog
+        while True:
+            while not backlog:
+                await self._flush_wanted.park()
+            await trio.lowlevel.wait_writable(sock)
+            while backlog:
+                try:
+                    sent = sock.send(backlog[0])
+                except BlockingIOError:
+                    break
+                self._backlog_bytes -= sent
+                if sent == len(backlog[0]):
+                    backlog.popleft()
+                else:
+                    backlog[0] = backlog[0][sent:]
+            self._pass_turn()
+
+    def _pass_turn(self) -> None:
+        """Let the next stream send, if the socket is free."""
+        if self._turn and not self._backlog:
+            stream = next(iter(self._turn))
+            del self._turn[stream]
+            stream.unpark()
+
+    async def _keep_alive(self) -> None:
+        """PING when nothing else was heard; end a tunnel that is dead, or idle for long."""
+        silent_s = 0.0
+        while True:
+            await trio.sleep(PING_INTERVAL_S)
+            silent_s = 0.0 if self._heard else silent_s + PING_INTERVAL_S
+            # The first round has sent no PING yet that could be unanswered.
+            if silent_s > PING_TIMEOUT_S:
+                raise TlsError("ping-timeout", f"no answer to PING in {PING_TIMEOUT_S:.0f} s")
+            idle = self._idle_since
+            if self.pooled and idle is not None and trio.current_time() - idle > IDLE_LIMIT_S:
+                self._leave_pool()
+                return
+            self._heard = False
+            self._wire.ping(os.urandom(8))
+            self._send_control()
+
+    def _leave_pool(self) -> None:
+        if self._on_unusable is not None:
+            self._on_unusable(self)
+        self.release()
+
+    def _say_goodbye(self, error_code: ErrorCodes) -> None:
+        """GOAWAY and close_notify, as far as the socket takes them without waiting."""
+        try:
+            self._wire.go_away(error_code)
+            self._send_control()
+            self._channel.close()
+            self._transmit()
+        except MeshbpfError as error:
+            log.debug("no goodbye to %s: %s", self._peer_name(), error)
+
+    def _peer_name(self) -> str:
+        return str(self._channel.peer)
+
+
+def _reset_reason(error_code: int, by_peer: bool) -> str:
+    try:
+        name = ErrorCodes(error_code).name
+    except ValueError:
+        name = str(error_code)
+    return f"the {'peer' if by_peer else 'agent'} reset the stream ({name})"
+
+
+def _first(faults: BaseExceptionGroup[BaseException]) -> BaseException:
+    fault: BaseException = faults
+    while isinstance(fault, BaseExceptionGroup):
+        fault = fault.exceptions[0]
+    return fault
