@@ -57,21 +57,39 @@ class KernelHeaders:
 
 
 def find_headers(cache_dir: Path, *, root: Path = Path("/"), release: str = "") -> KernelHeaders:
-    """Headers for the running kernel, or the best substitute.
+    """Headers for the running kernel, or the best substitute, ready for use.
 
     `cache_dir` exists and is ours alone. `root` stands in front of /lib/modules,
     /sys and /usr/src; `release` is the running kernel's unless given.
+    Raises HeadersError.
     """
+    found = locate_headers(root=root, release=release)
+    if found.archive is not None:
+        return _unpacked(found.archive, cache_dir, found.origin)
+    return _usable(found.layers, cache_dir, found.origin)
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedHeaders:
+    """Where headers are: trees that together are complete, or an archive."""
+
+    origin: str
+    layers: tuple[Path, ...] = ()
+    archive: Path | None = None
+
+
+def locate_headers(*, root: Path = Path("/"), release: str = "") -> LocatedHeaders:
+    """The search of `find_headers`; changes nothing. Raises HeadersError."""
     running = release or platform.release()
     build = root / "lib/modules" / running / "build"
     for layers in _trees_of(build, root):
-        return _usable(layers, cache_dir, f"the running kernel's ({build})")
+        return LocatedHeaders(f"the running kernel's ({build})", layers)
     archive = root / "sys/kernel/kheaders.tar.xz"
     if archive.is_file():
-        return _unpacked(archive, cache_dir, running)
+        return LocatedHeaders(f"the running kernel's ({archive})", archive=archive)
     for installed in _installed(root):
         for layers in _trees_of(installed, root):
-            return _usable(layers, cache_dir, f"{installed.name} (not the running kernel's)")
+            return LocatedHeaders(f"{installed.name} (not the running kernel's)", layers)
     raise HeadersError(
         "no-kernel-headers",
         f"no kernel headers for {running}: no {build}, no {archive}, "
@@ -162,10 +180,10 @@ def _merge(target: Path, layers: Sequence[Path]) -> None:
             (target / name).symlink_to(paths[0])
 
 
-def _unpacked(archive: Path, cache_dir: Path, running: str) -> KernelHeaders:
-    info = archive.stat()
-    # The archive is part of the kernel image: its release and size tell it apart.
-    identity = hashlib.sha256(f"{running} {platform.version()} {info.st_size}".encode())
+def _unpacked(archive: Path, cache_dir: Path, origin: str) -> KernelHeaders:
+    # The archive is part of the kernel's image: its release, build and size tell it apart.
+    text = f"{platform.release()} {platform.version()} {archive.stat().st_size}"
+    identity = hashlib.sha256(text.encode())
     short = identity.hexdigest()[:16]
     target = cache_dir / f"headers-{short}"
     if not target.is_dir():
@@ -179,7 +197,7 @@ def _unpacked(archive: Path, cache_dir: Path, running: str) -> KernelHeaders:
             f"{archive} lacks the headers that the compiler needs",
             f"apt-get install linux-headers-{_debian_architecture()}",
         )
-    return KernelHeaders(target, f"the running kernel's ({archive})", short)
+    return KernelHeaders(target, origin, short)
 
 
 class _in_place_of:  # noqa: N801  reads as the verb it is
