@@ -71,7 +71,7 @@ def load(directory: Path) -> CertificateAuthority:
     if missing:
         raise ConfigError(
             "no-ca",
-            f"{directory} holds no CA: {' and '.join(sorted(missing))} "
+            f"{directory} holds no CA: {', '.join(sorted(missing))} "
             f"{'is' if len(missing) == 1 else 'are'} missing",
             f"make one with `meshbpf ca init {directory}`, "
             "or bring your own with `meshbpf ca import`",

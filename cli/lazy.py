@@ -26,7 +26,22 @@ class Entry:
     summary: str  # must equal the command's own short help; a test holds them together
 
 
-class LazyGroup(click.Group):
+class Group(click.Group):
+    """A group that answers a misspelt verb with those spelled nearly so."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, but an unknown name is compared with the known ones."""
+        name = args[0]
+        known = self.list_commands(ctx)
+        if name in known or name.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        hint = did_you_mean(name, known) or f"see `{ctx.command_path} --help`"
+        raise CommandUsageError("no-such-command", f"no command {name!r}", hint)
+
+
+class LazyGroup(Group):
     """A group whose members come from a table of `Entry`."""
 
     def __init__(self, *args: Any, entries: Mapping[str, Entry], **kwargs: Any) -> None:
@@ -44,16 +59,6 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = importlib.import_module(entry.module).command
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, but an unknown name is compared with the table."""
-        name = args[0]
-        if name in self.entries or name.startswith("-") or ctx.resilient_parsing:
-            return super().resolve_command(ctx, args)
-        hint = did_you_mean(name, self.entries) or f"see `{ctx.command_path} --help`"
-        raise CommandUsageError("no-such-command", f"no command {name!r}", hint)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The Commands section, from the table."""

@@ -7,6 +7,7 @@ where an error becomes a message and an exit status.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -20,8 +21,11 @@ from meshbpf.cli.failure import asked_format, from_click, report
 from meshbpf.cli.lazy import Entry, LazyGroup
 from meshbpf.cli.options import common_options
 
+PROGRAM = "meshbpf"
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_COMPLETION = "_MESHBPF_COMPLETE"
 
 
 def _entry(name: str, summary: str) -> tuple[str, Entry]:
@@ -74,9 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A locale without Unicode shows escapes, where it would show a traceback.
             stream.reconfigure(errors="backslashreplace")
+    if _COMPLETION in os.environ:
+        cli.main(given, prog_name=PROGRAM, complete_var=_COMPLETION)
     try:
-        status = cli.main(given, prog_name="meshbpf", standalone_mode=False)
+        # Not click's own main(), which ends with status 1 when a pipe breaks: of
+        # `status` that would mean "not ready".
+        with cli.make_context(PROGRAM, given) as ctx:
+            status = cli.invoke(ctx)
         sys.stdout.flush()
+    except click.exceptions.Exit as done:  # --help and --version
+        return done.exit_code
     except MeshbpfError as error:
         return report(error, asked_format(given))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -87,7 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _INTERRUPTED
     except BrokenPipeError:
-        # Python would try to flush stdout once more at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return _BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise  # not of stdout: a fault of ours
+        _forget_stdout()
+        what = f"the output cannot be written: {error.strerror}"
+        return report(MeshbpfError("output", what), asked_format(given))
     return status if isinstance(status, int) else Exit.OK
+
+
+def _forget_stdout() -> None:
+    """Keep Python from flushing what cannot be written once more at exit, and complaining."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

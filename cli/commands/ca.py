@@ -11,16 +11,18 @@ from meshbpf.agent import ca_files
 from meshbpf.agent.api import CaInfo, CertificateInfo
 from meshbpf.agent.config import is_object_name
 from meshbpf.cli.failure import CommandUsageError
+from meshbpf.cli.lazy import Group
 from meshbpf.cli.options import Session, common_options, pass_session
 from meshbpf.cli.output import emit, note
 from meshbpf.cli.table import Cell, CellLike, Style, facts, table
 from meshbpf.cli.units import moment, until
 
-_FILE = click.Path(path_type=Path)
+# Whether it can be read is said by the code that reads it, with the right exit status.
+_FILE = click.Path(path_type=Path, readable=False)
 _WIDE = 0o077
 
 
-@click.group("ca", short_help="Create, import or show the embedded CA.")
+@click.group("ca", cls=Group, short_help="Create, import or show the embedded CA.")
 @common_options
 def command() -> None:
     """Create, import or show the embedded CA.

@@ -18,10 +18,10 @@ from meshbpf.cli.options import (
     exemption_options,
     exemptions,
     pass_session,
-    require_root,
 )
 
-_FILE = click.Path(path_type=Path)
+# Whether it can be read is said by the code that reads it, with the right exit status.
+_FILE = click.Path(path_type=Path, readable=False)
 
 
 @click.command("run", short_help="Run the node agent.")
@@ -111,7 +111,6 @@ def command(
     again. Logs go to stderr. Ready means: the log says so, `meshbpf status` exits 0, and
     GET /healthz/ready answers 200.
     """
-    require_root("run")
     flags = {name: value for name, value in given.items() if value not in (None, ())}
     exempt = exemptions(exempt_ports, exempt_cidrs, exempt_interfaces)
     if exempt_ports or exempt_cidrs or exempt_interfaces:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -21,6 +22,8 @@ from tests.cli.fake_agent import FakeAgent
 from tests.cli.samples import NOW
 
 GOLDEN = Path(__file__).parent / "golden"
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users: needs root")
 COMMAND = Path(sys.executable).with_name("meshbpf")
 
 
@@ -92,3 +95,26 @@ def meshbpf() -> Callable[..., Ran]:
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def fails(meshbpf: Any, golden: Any, tmp_path: Path) -> Any:
+    """Run a command line that fails, and compare its stderr and status with a file."""
+
+    def check(name: str, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
+        ran = meshbpf(*(a.replace("STATE", str(tmp_path)) for a in arguments), prefix=prefix)
+        text = ran.stderr.replace(str(tmp_path), "STATE")
+        assert "Traceback" not in ran.stderr, ran.stderr
+        assert ran.stdout == ""
+        golden(f"errors/{name}", f"$ meshbpf {' '.join(arguments)}\n{text}[exit {ran.status}]\n")
+
+    return check
+
+
+@pytest.fixture
+def as_nobody() -> tuple[str, ...]:
+    """What to put before a command to run it without any right."""
+    prefix = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+    if subprocess.run([*prefix, COMMAND, "--version"], capture_output=True).returncode:
+        pytest.skip("the checkout is in a folder that other users may not enter")
+    return prefix

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,26 +17,8 @@ import pytest
 from meshbpf.agent.api import CONTROL_SOCKET, ErrorBody
 from meshbpf.agent.core.errors import UnavailableError
 from tests.cli import samples
-from tests.cli.conftest import COMMAND
+from tests.cli.conftest import NOBODY, as_root
 from tests.cli.fake_agent import FakeAgent
-
-NOBODY = 65534
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users: needs root")
-
-
-@pytest.fixture
-def fails(meshbpf: Any, golden: Any, tmp_path: Path) -> Any:
-    """Run a command line that fails, and compare its stderr and status with a file."""
-
-    def check(name: str, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
-        ran = meshbpf(*(a.replace("STATE", str(tmp_path)) for a in arguments), prefix=prefix)
-        text = ran.stderr.replace(str(tmp_path), "STATE")
-        golden(f"errors/{name}", f"$ meshbpf {' '.join(arguments)}\n{text}[exit {ran.status}]\n")
-        assert ran.stdout == ""
-        assert "Traceback" not in ran.stderr
-
-    return check
-
 
 USAGE = {
     "no-such-command": ("stauts",),
@@ -172,15 +153,6 @@ def test_a_socket_of_another_user_ends_with_77(fails: Any, agent: Any, tmp_path:
     agent(status=samples.STATUS)
     os.chown(tmp_path / CONTROL_SOCKET, NOBODY, NOBODY)
     fails("foreign-socket", "--state-dir", "STATE", "status")
-
-
-@pytest.fixture
-def as_nobody() -> tuple[str, ...]:
-    """What to put before a command to run it without any right."""
-    prefix = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    if subprocess.run([*prefix, COMMAND, "--version"], capture_output=True).returncode:
-        pytest.skip("the checkout is in a folder that other users may not enter")
-    return prefix
 
 
 RUN = ("run", "--node", "n", "--ca-dir", "STATE", "--local-xds", "STATE/x", "--state-dir", "STATE")
