@@ -126,7 +126,8 @@ def toolchain_identity() -> str:
     for folder in (Path("/usr/lib"), Path("/usr/lib64"), Path("/lib")):
         # Debian: /usr/lib/x86_64-linux-gnu; others have no such level.
         for pattern in ("libbcc.so.0", "*/libbcc.so.0", "libLLVM-*.so*", "*/libLLVM-*.so*"):
-            parts += [_facts_of(path) for path in sorted(folder.glob(pattern))]
+            found = sorted(path for path in folder.glob(pattern) if path.exists())
+            parts += [_facts_of(path) for path in found]
     return _digest(*parts)[:16]
 
 
