@@ -20,7 +20,7 @@ from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes, Settings
 
 from meshbpf.agent.wire.errors import PeerError
-from meshbpf.agent.wire.frames import FLAG_END_STREAM, FrameType, header
+from meshbpf.agent.wire.frames import FLAG_END_STREAM, PREFACE, FrameType, header
 from meshbpf.agent.wire.hpack_out import LiteralEncoder
 
 STREAM_WINDOW_BYTES = 4 * 1024 * 1024
@@ -66,6 +66,9 @@ class H2State(H2Connection):
         self.max_inbound_frame_size = MAX_FRAME_BYTES
         self.decoder.max_header_list_size = values[SettingCodes.MAX_HEADER_LIST_SIZE]
         self.encoder = LiteralEncoder()  # type: ignore[assignment]
+        if server:
+            # The splitter has checked the client's preface; h2 waits for it too.
+            self.receive_data(PREFACE)
 
     @property
     def open_inbound_streams(self) -> int:
