@@ -1,0 +1,114 @@
+"""When the heart beats, and what the lease then is."""
+
+from __future__ import annotations
+
+import time
+
+import trio
+from trio.testing import MockClock
+
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.runtime.heartbeat import LOOP_LIMIT_S, Heartbeat
+
+
+class Kernel:
+    """Takes the beats and notes the lease of each."""
+
+    def __init__(self) -> None:
+        self.leases: list[float] = []
+        self.broken = False
+
+    def beat(self, *, lease_s: float) -> None:
+        if self.broken:
+            raise MeshbpfError("bpf", "no map")
+        self.leases.append(lease_s)
+
+
+class Fixture:
+    """A heartbeat at a clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.healthy = True
+        self.kernel = Kernel()
+        self.heartbeat = Heartbeat(
+            self.kernel,
+            lease_s=60.0,
+            source_healthy=lambda: self.healthy,
+            clock=lambda: self.now,
+        )
+
+    def tick(self) -> None:
+        self.heartbeat._ticked_at = self.now
+
+
+def test_a_beat_extends_the_lease_while_the_source_is_healthy() -> None:
+    it = Fixture()
+    for _ in range(3):
+        it.heartbeat.beat_once()
+        it.now += 1.0
+    assert it.kernel.leases == [60.0, 60.0, 60.0]
+    assert it.heartbeat.beating
+
+
+def test_with_a_sick_source_the_lease_runs_out_and_never_below_zero() -> None:
+    it = Fixture()
+    it.heartbeat.beat_once()
+    it.healthy = False
+    for passed in (10.0, 40.0, 20.0):
+        it.now += passed
+        it.tick()
+        it.heartbeat.beat_once()
+    assert it.kernel.leases == [60.0, 50.0, 10.0, 0.0]
+    it.healthy = True
+    it.heartbeat.beat_once()
+    assert it.kernel.leases[-1] == 60.0
+
+
+def test_a_loop_that_does_not_turn_silences_the_heart() -> None:
+    it = Fixture()
+    it.heartbeat.beat_once()
+    it.now += LOOP_LIMIT_S + 0.1
+    it.heartbeat.beat_once()
+    assert len(it.kernel.leases) == 1
+    assert not it.heartbeat.beating
+    assert it.heartbeat.statistics().withheld == 1
+    it.tick()
+    it.heartbeat.beat_once()
+    assert it.heartbeat.beating
+
+
+def test_a_failed_write_is_counted_and_tried_again() -> None:
+    it = Fixture()
+    it.kernel.broken = True
+    it.heartbeat.beat_once()
+    assert not it.heartbeat.beating
+    assert it.heartbeat.statistics().failed == 1
+    it.kernel.broken = False
+    it.heartbeat.beat_once()
+    assert it.heartbeat.beating
+
+
+def test_the_thread_beats_several_times_within_the_limit_and_not_after_stop() -> None:
+    kernel = Kernel()
+    heartbeat = Heartbeat(kernel, lease_s=60.0, source_healthy=lambda: True)
+    heartbeat.start()
+    assert len(kernel.leases) == 1  # at once, not after the first pause
+    time.sleep(0.5)
+    heartbeat.stop()
+    beats = len(kernel.leases)
+    assert beats >= 3
+    time.sleep(0.25)
+    assert len(kernel.leases) == beats
+    assert not heartbeat.beating
+
+
+async def test_the_tick_keeps_the_lag_small(autojump_clock: MockClock) -> None:
+    heartbeat = Heartbeat(
+        Kernel(), lease_s=60.0, source_healthy=lambda: True, clock=trio.current_time
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(heartbeat.tick)
+        await trio.sleep(30.05)
+        assert heartbeat.statistics().loop_lag_s < 0.3
+        nursery.cancel_scope.cancel()
