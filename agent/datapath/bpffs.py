@@ -1,4 +1,4 @@
-"""The BPF filesystem: mounted, safe to pin in, and laid out per agent and schema.
+"""The BPF filesystem: mounted, and safe to pin in.
 
 A pin keeps a program attached while no agent runs, which is what "fails
 closed" rests on. But pins live exactly as long as the filesystem instance
@@ -15,14 +15,10 @@ accepts a bpffs, or mounts one, only where PID 1 sees it too:
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
-import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -35,7 +31,6 @@ PIN_ROOT: Final = MOUNT_POINT / "meshbpf"
 _MS_NOSUID: Final = 2
 _MS_NODEV: Final = 4
 _MS_NOEXEC: Final = 8
-_NAME_LIMIT: Final = 200  # NAME_MAX is 255; a longer name is cut and hashed
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -137,84 +132,3 @@ def _mount(mount_point: Path) -> None:
             f"mount bpffs at {mount_point}: {os.strerror(failure)}",
             f"mount -t bpf bpf {mount_point}",
         )
-
-
-# -- the layout of pins ------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Pins:
-    """The pins of one agent under one schema: `.../meshbpf/AGENT/SCHEMA/{maps,links}`."""
-
-    agent: Path
-    directory: Path
-
-    @classmethod
-    def of(cls, agent_id: str, schema: str, *, root: Path = PIN_ROOT) -> Pins:
-        """The place, whether or not it exists."""
-        agent = root / pin_name(agent_id)
-        return cls(agent, agent / schema)
-
-    def make(self) -> None:
-        """Create the folders, mode 0700."""
-        for name in ("maps", "links"):
-            (self.directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def map(self, name: str) -> Path:
-        """Where the map `name` is pinned."""
-        return self.directory / "maps" / pin_name(name)
-
-    def link(self, name: str) -> Path:
-        """Where the link `name` is pinned; any text will do."""
-        return self.directory / "links" / pin_name(name)
-
-    def links(self) -> tuple[Path, ...]:
-        """The pinned links that exist."""
-        return _entries(self.directory / "links")
-
-    def others(self) -> tuple[Pins, ...]:
-        """Pins that this agent left under other schemas."""
-        return tuple(
-            Pins(self.agent, path) for path in _entries(self.agent) if path != self.directory
-        )
-
-    def remove(self) -> None:
-        """Unpin everything of this schema, links first; the agent's folder goes when empty."""
-        for folder in ("links", "maps"):
-            for path in _entries(self.directory / folder):
-                path.unlink(missing_ok=True)
-            _remove_folder(self.directory / folder)
-        _remove_folder(self.directory)
-        _remove_folder(self.agent)
-        _remove_folder(self.agent.parent)
-
-
-def _entries(directory: Path) -> tuple[Path, ...]:
-    try:
-        return tuple(sorted(directory.iterdir()))
-    except FileNotFoundError:
-        return ()
-
-
-def _remove_folder(path: Path) -> None:
-    try:
-        path.rmdir()
-    except OSError as error:
-        # Other agents and other schemas live beside this one.
-        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
-            raise
-
-
-def pin_name(text: str) -> str:
-    """A file name for bpffs, different for different texts.
-
-    bpffs refuses names with a dot, which Kubernetes names have. Letters,
-    digits and dashes stay; every other byte becomes `_` and its two hex digits.
-    """
-    name = "".join(
-        chr(byte) if re.match(rb"[A-Za-z0-9-]", bytes((byte,))) else f"_{byte:02x}"
-        for byte in text.encode()
-    )
-    if len(name) <= _NAME_LIMIT:
-        return name
-    return f"{name[: _NAME_LIMIT - 34]}__{hashlib.sha256(text.encode()).hexdigest()[:32]}"

@@ -308,7 +308,7 @@ def link_create(
     `target` is a netns or cgroup descriptor, or the interface's index in the
     caller's netns for tcx. `flags` and `relative` place a tcx link.
     """
-    attr = bytearray(struct.pack("IIII", prog_fd, target, attach_type, flags))
+    attr = bytearray(struct.pack("iIII", prog_fd, target, attach_type, flags))
     if relative:
         attr += struct.pack("IIQ", relative, 0, 0)
     return bpf(Cmd.LINK_CREATE, attr, f"attach type {attach_type}")

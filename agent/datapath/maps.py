@@ -81,24 +81,6 @@ class Map:
             )
         return cls(spec, fd)
 
-    @classmethod
-    def open_or_create(cls, spec: MapSpec, path: Path) -> Self:
-        """The map pinned at `path`, made and pinned there when there is none."""
-        try:
-            return cls.open(spec, path)
-        except BpfError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        made = cls.create(spec)
-        try:
-            bpfsys.obj_pin(made.fileno(), path)
-        except BpfError as error:
-            made.close()
-            if error.errno == errno.EEXIST:  # another process was faster: take its map
-                return cls.open(spec, path)
-            raise
-        return made
-
     def fileno(self) -> int:
         """The descriptor; ValueError once closed."""
         if self._fd < 0:
