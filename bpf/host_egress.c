@@ -7,7 +7,7 @@
 // cannot pass for a probe.
 // Reads: headers, skb->sk, the socket's cgroup.
 // Maps: probe_cgroups; writes probes, pod_counters, decisions.
-// Returns: TC_ACT_OK, always.
+// Returns: GO_ON, always.
 // Budget: 4096 verified instructions.
 
 #include <meshbpf/packet.h>
@@ -46,13 +46,13 @@ int host_egress(struct __sk_buff *skb)
         counters->to_pod_bytes += skb->len;
     }
     if (!skb->sk)
-        return TC_ACT_OK;
+        return GO_ON;
     if (read_packet(skb, &packet) != TCP || !is_opening(&packet))
-        return TC_ACT_OK;
+        return GO_ON;
     if (!from_prober(skb))
-        return TC_ACT_OK;
+        return GO_ON;
     now_ns = bpf_ktime_get_ns();
     map_put(MAP_PROBES, &packet.flow, &now_ns);
     count(DECISION_PROBE_MARKED);
-    return TC_ACT_OK;
+    return GO_ON;
 }

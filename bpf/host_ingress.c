@@ -8,7 +8,7 @@
 // IPv4 a DHCP client.
 // Reads: the IP header.
 // Maps: addresses, pod_config; writes pod_counters, decisions.
-// Returns: TC_ACT_OK or TC_ACT_SHOT.
+// Returns: GO_ON or TC_ACT_SHOT.
 // Budget: 2048 verified instructions.
 
 #include <meshbpf/packet.h>
@@ -68,7 +68,7 @@ int host_ingress(struct __sk_buff *skb)
     else if (skb->protocol == bpf_htons(ETH_P_IPV6))
         allowed = may_send_v6(skb, pod);
     if (allowed || !(pod_flags(pod) & POD_ATTACHED))
-        return TC_ACT_OK;
+        return GO_ON;
     if (counters)
         counters->spoofed_packets += 1;
     count(DECISION_SPOOFED_SOURCE);

@@ -9,7 +9,7 @@
 // Reads: headers, skb->sk and its storage.
 // Maps: pod_config, addresses, exempt_ports, exempt_cidrs, mesh, heartbeat,
 // listeners, agent_sockets; writes decisions, captured.
-// Returns: TC_ACT_OK (leaves as it is), a redirect, or TC_ACT_SHOT.
+// Returns: GO_ON (leaves as it is), a redirect, or TC_ACT_SHOT.
 // Budget: 8192 verified instructions.
 //
 // A flow is captured or direct for its whole life. For a local socket its
@@ -92,7 +92,7 @@ INLINE int open_connection(struct __sk_buff *skb, struct packet *p, struct bpf_s
     }
     if (sk)
         clear_captured(sk); // the socket may have been used before
-    return TC_ACT_OK;
+    return GO_ON;
 }
 
 int pod_egress(struct __sk_buff *skb)
@@ -104,28 +104,28 @@ int pod_egress(struct __sk_buff *skb)
 
     if (sk && is_agent_socket(sk)) {
         count(DECISION_AGENT_SOCKET);
-        return TC_ACT_OK;
+        return GO_ON;
     }
     kind = read_packet(skb, &packet);
     if (kind == NOT_TCP)
-        return TC_ACT_OK;
+        return GO_ON;
     if (kind == TCP && is_opening(&packet))
         return open_connection(skb, &packet, sk, pod);
     if (sk) {
         // Not captured when it was opened: direct, or older than the attach.
         if (!is_captured(sk))
-            return TC_ACT_OK;
+            return GO_ON;
         count(DECISION_REDIRECTED);
         return to_loopback(skb);
     }
     if (kind == OPAQUE) {
         if (judge(pod, &packet.flow.destination, 0) == LEAVE_ALONE)
-            return TC_ACT_OK;
+            return GO_ON;
         count(DECISION_OPAQUE);
         return TC_ACT_SHOT;
     }
     if (!agent_holds(skb, &packet))
-        return TC_ACT_OK;
+        return GO_ON;
     count(DECISION_REDIRECTED);
     return to_loopback(skb);
 }

@@ -12,6 +12,10 @@
 #include <uapi/linux/pkt_cls.h>
 #include <uapi/linux/tcp.h>
 
+// "Not mine": the next program of the interface runs, be it tcx or clsact. With
+// TC_ACT_OK we would switch off those of a CNI that come after ours.
+#define GO_ON TC_ACT_UNSPEC
+
 #define IPV4_FRAGMENT bpf_htons(0x3fff) // more fragments, or an offset
 #define IPV6_FRAGMENT bpf_htons(0xfff9)
 #define MAX_EXTENSIONS 6 // more than RFC 8200 ever allows in one packet

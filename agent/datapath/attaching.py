@@ -1,0 +1,218 @@
+"""Attaching one pod, step by step, and taking every step back.
+
+The order is the safety argument.
+
+In: the record (so that a crash can be undone), the maps and listeners (so
+that the first program that runs finds answers), routes and sysctls (so that
+what is marked is local), sk_lookup (so that what is local finds its
+listener), TC (now SYNs are captured), the host's end, and last the connect
+hook. Connections that are established all the while stay direct: no hook asks
+about them, and TC captures a flow only with its SYN.
+
+Out: the connect hook and, by the flag LEAVING, TC and sk_lookup take in
+nothing new; captured connections are ended while everything that holds them
+inside the pod is still in place; then programs, routes, sysctls and maps go,
+and the record last.
+
+Each step may be repeated and each can find its work already done or undone.
+So attaching again, taking over after a crash and undoing a failure are these
+same functions.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from meshbpf.agent.datapath import links, plumbing, sockdiag
+from meshbpf.agent.datapath.codecs import IPAddress
+from meshbpf.agent.datapath.maps import Map
+from meshbpf.agent.datapath.netlink import NetlinkError
+from meshbpf.agent.datapath.netns import Netns
+from meshbpf.agent.datapath.objects import CompiledCatalogue
+from meshbpf.agent.datapath.pins import Pins
+from meshbpf.agent.datapath.podmaps import PodMaps, flags_of
+from meshbpf.agent.datapath.podview import PodView, look
+from meshbpf.agent.datapath.programs import Programs
+from meshbpf.agent.datapath.records import Phase, PodRecord, Records, TcPoint
+from meshbpf.agent.datapath.steering_types import Listeners, OnAgentDown, PodSteering
+from meshbpf.bpf import PROGRAMS_BY_NAME, STEER_MARK, STEER_MASK, AttachType, PodFlag
+
+
+@dataclass(frozen=True, slots=True)
+class Attacher:
+    """What the steps work on; belongs to one Steering, which serialises its calls."""
+
+    pins: Pins
+    compiled: CompiledCatalogue
+    maps: Mapping[str, Map]
+    records: Records
+    use_tcx: bool
+
+    def attach(self, pod: PodSteering, listeners: Listeners) -> PodRecord:
+        """Capture a pod that is not captured. After an error there is no trace of it."""
+        plumbing.refuse_foreign(pod.netns)
+        view = look(pod.netns, pod.exempt_interfaces)
+        record = self._plan(pod, view, self.records.free_index())
+        try:
+            self.records.put(record)
+            pod_maps = PodMaps(self.maps)
+            pod_maps.fill(record)
+            pod_maps.set_listeners(record.index, listeners)
+            record = self._put_in_place(record, pod.netns)
+            pod_maps.start_connect_hook(record)
+            record = msgspec.structs.replace(record, phase=Phase.ATTACHED)
+            self.records.put(record)
+        except BaseException:
+            self.remove(record, pod.netns)
+            raise
+        return record
+
+    def attach_again(self, before: PodRecord, pod: PodSteering, listeners: Listeners) -> PodRecord:
+        """Bring an attached pod up to date: settings, interfaces, listeners, lost hooks.
+
+        There is no moment without capture. After an error the pod is attached
+        still, with the settings it had.
+        """
+        view = look(pod.netns, pod.exempt_interfaces)
+        after = self._plan(pod, view, before.index)
+        kept = {one.name: one for one in (*after.sysctls, *before.sysctls)}
+        known = {(point.program, point.ifindex): point for point in before.points}
+        after = msgspec.structs.replace(
+            after,
+            phase=Phase.ATTACHED,
+            sysctls=tuple(kept.values()),
+            points=tuple(known.get((p.program, p.ifindex), p) for p in after.points),
+        )
+        gone = [point for point in before.points if point not in after.points]
+        # While both may be there, the record names both.
+        self.records.put(msgspec.structs.replace(after, points=(*after.points, *gone)))
+        pod_maps = PodMaps(self.maps)
+        try:
+            pod_maps.change(before, after)
+            pod_maps.set_listeners(after.index, listeners)
+            after = self._put_in_place(after, pod.netns, also=tuple(gone))
+        except BaseException:
+            pod_maps.change(after, before)
+            raise
+        for point in gone:
+            links.drop_point(self.pins, after.index, point, pod.netns)
+        pod_maps.start_connect_hook(after)
+        self.records.put(after)
+        return after
+
+    def restore(self, record: PodRecord) -> None:
+        """After a start: hooks of another schema get this one's programs. No listeners yet."""
+        netns = self.netns_of(record)
+        if netns is None:
+            return
+        try:
+            PodMaps(self.maps).fill(record)
+            self._put_in_place(record, netns)
+            PodMaps(self.maps).start_connect_hook(record)
+        finally:
+            netns.close()
+
+    def netns_of(self, record: PodRecord) -> Netns | None:
+        """The pod's netns, None when it is gone. The caller closes it."""
+        return Netns.find(record.netns_path(), record.netns_dev, record.netns_inode, record.cookie)
+
+    def remove(self, record: PodRecord, netns: Netns | None) -> None:
+        """Lift the capture and every trace of it; `netns` is None when it is gone."""
+        pod_maps = PodMaps(self.maps)
+        self.records.put(msgspec.structs.replace(record, phase=Phase.DETACHING))
+        pod_maps.stop_connect_hook(record)
+        pod_maps.set_flags(record.index, record.flags | PodFlag.LEAVING)
+        if netns is not None:
+            self._end_captured(netns)
+        for point in record.points:
+            links.drop_point(self.pins, record.index, point, netns)
+        links.drop_sk_lookup(self.pins, record.index)
+        self.pins.remove_pod(record.index)
+        if netns is not None:
+            plumbing.remove(netns, record.sysctls)
+        pod_maps.clear(record)
+        self.records.remove(record.index)
+
+    def _end_captured(self, netns: Netns) -> None:
+        try:
+            captured = self.maps["captured"].fileno()
+            sockdiag.destroy_steered(netns, captured, STEER_MARK, STEER_MASK)
+        except NetlinkError as error:
+            # A kernel without CONFIG_INET_DIAG_DESTROY. Going on is better
+            # than a pod that cannot be detached: such flows end by the RST
+            # of the far side, which knows nothing of them.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+    def _plan(self, pod: PodSteering, view: PodView, index: int) -> PodRecord:
+        record = PodRecord(
+            index=index,
+            key=pod.key,
+            phase=Phase.ATTACHING,
+            netns=str(pod.netns.path),
+            netns_dev=pod.netns.dev,
+            netns_inode=pod.netns.inode,
+            cookie=pod.netns.cookie,
+            flags=0,
+            addresses=tuple(map(str, view.addresses)),
+            own_addresses=tuple(map(str, view.own_addresses)),
+            families=plumbing.families(pod.netns),
+            points=tuple(self._points(view)),
+            host_skipped=view.host_skipped,
+            sysctls=plumbing.plan_sysctls(pod.netns),
+            exempt_ports=tuple(sorted(pod.exempt_ports)),
+            exempt_cidrs=tuple(map(str, pod.exempt_cidrs)),
+            exempt_ifindexes=view.exempt_ifindexes,
+        )
+        fail_open = pod.on_agent_down is OnAgentDown.OPEN
+        return msgspec.structs.replace(record, flags=int(flags_of(record, fail_open=fail_open)))
+
+    def _points(self, view: PodView) -> list[TcPoint]:
+        points = []
+        for one, end in view.captured:
+            points.append(self._point("pod_egress", one.ifindex, one.name))
+            if end is not None:
+                points.append(self._point("host_egress", end.ifindex, end.name))
+                points.append(self._point("host_ingress", end.ifindex, end.name))
+        return points
+
+    def _point(self, program: str, ifindex: int, interface: str) -> TcPoint:
+        return TcPoint(
+            program=program,
+            ifindex=ifindex,
+            interface=interface,
+            egress=PROGRAMS_BY_NAME[program].attach_type is AttachType.TCX_EGRESS,
+            on_host=program.startswith("host_"),
+            clsact=not self.use_tcx,
+        )
+
+    def _put_in_place(
+        self, record: PodRecord, netns: Netns, also: tuple[TcPoint, ...] = ()
+    ) -> PodRecord:
+        """Routes, sysctls, sk_lookup, TC. `also` are points that the record keeps meanwhile."""
+        plumbing.install(netns, record.sysctls, _sources(record))
+        self.pins.pod(record.index).mkdir(mode=0o700, exist_ok=True)
+        with Programs(self.compiled, self.maps, record.index) as programs:
+            links.hold_sk_lookup(self.pins, record.index, netns, programs.loader("sk_lookup"))
+            for place, point in enumerate(record.points):
+                load = programs.loader(point.program)
+                held = links.hold_point(self.pins, record.index, point, netns, load)
+                if held != point:
+                    points = (*record.points[:place], held, *record.points[place + 1 :])
+                    record = msgspec.structs.replace(record, points=points)
+                    self.records.put(msgspec.structs.replace(record, points=(*points, *also)))
+        return record
+
+
+def _sources(record: PodRecord) -> dict[int, IPAddress | None]:
+    """The source address of each family's route: the pod's first."""
+    sources: dict[int, IPAddress | None] = {}
+    for family in record.families:
+        version = 4 if family == socket.AF_INET else 6
+        sources[family] = next((ip for ip in record.ips() if ip.version == version), None)
+    return sources

@@ -1,0 +1,116 @@
+"""A pod's entries in the shared maps: written before capture begins, removed after it ended."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from meshbpf.agent.datapath import bpfsys, codecs
+from meshbpf.agent.datapath.bpfcall import BpfError
+from meshbpf.agent.datapath.maps import Map
+from meshbpf.agent.datapath.records import PodRecord
+from meshbpf.bpf import PodFlag, Role
+
+ListenerMap = Mapping[tuple[Role, int], socket.socket]
+
+_PRESENT = codecs.u32(1)
+
+
+def flags_of(record: PodRecord, *, fail_open: bool) -> PodFlag:
+    """The `pod_config` flags that a record stands for."""
+    flags = PodFlag.ATTACHED
+    if fail_open:
+        flags |= PodFlag.FAIL_OPEN
+    if record.exempt_ports:
+        flags |= PodFlag.EXEMPT_PORTS
+    if record.exempt_cidrs:
+        flags |= PodFlag.EXEMPT_CIDRS
+    if record.exempt_ifindexes:
+        flags |= PodFlag.EXEMPT_INTERFACES
+    return flags
+
+
+@dataclass(frozen=True, slots=True)
+class PodMaps:
+    """The shared maps by name."""
+
+    maps: Mapping[str, Map]
+
+    def _keyed(self, record: PodRecord) -> Iterable[tuple[str, bytes]]:
+        pod = record.index
+        for ip in record.own_ips():
+            yield "addresses", codecs.pod_address(pod, ip)
+        for port in record.exempt_ports:
+            yield "exempt_ports", codecs.pod_number(pod, port)
+        for cidr in record.cidrs():
+            yield "exempt_cidrs", codecs.prefix(pod, cidr)
+        for ifindex in record.exempt_ifindexes:
+            yield "exempt_ifaces", codecs.pod_number(pod, ifindex)
+
+    def fill(self, record: PodRecord) -> None:
+        """Everything but what starts the capture: flags come last."""
+        for name, key in self._keyed(record):
+            self.maps[name].update(key, _PRESENT)
+        self.set_flags(record.index, record.flags)
+
+    def change(self, before: PodRecord, after: PodRecord) -> None:
+        """From one description of a pod to another, without a moment in between.
+
+        What is new is added first, so that nothing that is in both is ever
+        missing.
+        """
+        old, new = set(self._keyed(before)), set(self._keyed(after))
+        for name, key in new - old:
+            self.maps[name].update(key, _PRESENT)
+        self.set_flags(after.index, after.flags)
+        for name, key in old - new:
+            self.maps[name].delete(key)
+
+    def clear(self, record: PodRecord) -> None:
+        """Take everything out. Repeatable."""
+        self.set_flags(record.index, 0)
+        for name, key in self._keyed(record):
+            self.maps[name].delete(key)
+        for role in Role:
+            for family in codecs.FAMILIES:
+                self._drop_listener(record.index, role, family)
+        self._zero_counters(record.index)
+
+    def _zero_counters(self, pod: int) -> None:
+        # The index will be another pod's.
+        counters = self.maps["pod_counters"]
+        size = counters.spec.value_size * bpfsys.possible_cpus()
+        bpfsys.map_update(counters.fileno(), codecs.u32(pod), bytes(size))
+
+    def set_flags(self, pod: int, flags: int) -> None:
+        """The one word that the programs look at first."""
+        self.maps["pod_config"].update(codecs.u32(pod), codecs.pod_config(flags))
+
+    def start_connect_hook(self, record: PodRecord) -> None:
+        """From here on connect() in the pod's netns is looked at."""
+        self.maps["pods"].update(codecs.u64(record.cookie), codecs.u32(record.index))
+
+    def stop_connect_hook(self, record: PodRecord) -> None:
+        """The reverse."""
+        self.maps["pods"].delete(codecs.u64(record.cookie))
+
+    def set_listeners(self, pod: int, listeners: ListenerMap) -> None:
+        """Put these listeners into their slots; a slot that is not named is emptied."""
+        for role in Role:
+            for family in codecs.FAMILIES:
+                sock = listeners.get((role, family))
+                if sock is None:
+                    self._drop_listener(pod, role, family)
+                else:
+                    key = codecs.listener(pod, role, family)
+                    self.maps["listeners"].update(key, codecs.u64(sock.fileno()))
+
+    def _drop_listener(self, pod: int, role: Role, family: int) -> None:
+        try:
+            self.maps["listeners"].delete(codecs.listener(pod, role, family))
+        except BpfError as error:
+            # sockhash answers EINVAL, not ENOENT, for some absent keys.
+            if error.errno != errno.EINVAL:
+                raise

@@ -1,0 +1,339 @@
+"""Steering: which pods are captured, by which hooks, and where their traffic goes.
+
+The facade over everything in this package that touches the kernel. Blocking:
+attach and detach take tens of milliseconds and belong in a thread; `beat` and
+`protect` are a store and a system call. Calls from several threads are
+serialised, but for those two.
+
+What is in the kernel outlives the object: `close` lets go of descriptors and
+nothing else, and an agent that opens the same agent id finds its pods in
+`attached`. They stay captured all the while and have no listeners until
+`attach` or `set_listeners` brings new ones; until then each does what its
+`on_agent_down` says.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.datapath import bpffs, codecs, links, pinned
+from meshbpf.agent.datapath.attaching import Attacher
+from meshbpf.agent.datapath.codecs import IPNetwork
+from meshbpf.agent.datapath.mounts import mounted_kind, mounts_of
+from meshbpf.agent.datapath.netns import Netns
+from meshbpf.agent.datapath.objects import compile_catalogue
+from meshbpf.agent.datapath.pins import Pins
+from meshbpf.agent.datapath.podmaps import PodMaps
+from meshbpf.agent.datapath.programs import Programs
+from meshbpf.agent.datapath.records import Phase, PodRecord, Records
+from meshbpf.agent.datapath.steering_types import (
+    AttachedPod,
+    Capture,
+    Listeners,
+    OnAgentDown,
+    PodSteering,
+    SteeringStatistics,
+)
+from meshbpf.bpf import STEER_MARK, STEER_MASK, Decision, PodFlag, Role
+
+__all__ = [
+    "STEER_MARK",
+    "STEER_MASK",
+    "AttachedPod",
+    "Capture",
+    "Listeners",
+    "OnAgentDown",
+    "PodSteering",
+    "Role",
+    "Steering",
+    "SteeringStatistics",
+]
+
+_CONNECT_HOOKS: Final = ("connect4", "connect6")
+_PRESENT: Final = codecs.u32(1)
+_GROUP: Final = 0
+# Words of struct heartbeat (keys.h).
+_BEAT, _LEASE, _LIMIT = range(3)
+
+
+class Steering:
+    """The kernel half of one agent. Make it with `open`."""
+
+    def __init__(self, attacher: Attacher, capture_in_force: str, capture_reason: str) -> None:
+        self._attacher = attacher
+        self._maps = attacher.maps
+        self._records = attacher.records
+        self._pins = attacher.pins
+        self._lock = threading.RLock()
+        self._memory = self._maps["heartbeat"].mmap()
+        self._heart = memoryview(self._memory).cast("Q")
+        self._mesh = {
+            network
+            for group, network in map(codecs.read_prefix, self._maps["mesh"].keys())
+            if group == _GROUP
+        }
+        self.capture_in_force = capture_in_force
+        """`connect+tc` or `tc`."""
+        self.capture_reason = capture_reason
+        """Why it is that."""
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        agent_id: str,
+        cache_dir: Path,
+        capture: Capture = Capture.AUTO,
+        heartbeat_limit_s: float = 0.5,
+        probe_cgroups: Sequence[Path] = (),
+        use_tcx: bool | None = None,
+    ) -> Steering:
+        """Compile or read from `cache_dir`, load, take over what this agent id has left.
+
+        Takes seconds when it must compile. Half-done attachments are undone,
+        pods whose netns is gone are forgotten. `use_tcx` None means: where the
+        kernel has it. Raises MeshbpfError and its kin (no headers, no bcc, no
+        lasting bpffs, a program that the verifier refuses).
+        """
+        bpffs.ensure()
+        compiled = compile_catalogue(cache_dir)
+        pins = Pins.of(agent_id, compiled.schema)
+        pins.create()
+        with ExitStack() as stack:
+            opened = pins.open_maps()
+            for one in opened.maps.values():
+                stack.callback(one.close)
+            attacher = Attacher(
+                pins=pins,
+                compiled=compiled,
+                maps=opened.maps,
+                records=Records(opened.maps["records"]),
+                use_tcx=links.kernel_has_tcx() if use_tcx is None else use_tcx,
+            )
+            in_force, reason = _connect_hooks(attacher, capture)
+            self = cls(attacher, in_force, reason)
+            stack.callback(self._release_memory)
+            self._heart[_LIMIT] = int(heartbeat_limit_s * 1e9)
+            if "mesh" in opened.fresh:
+                # What an earlier map said to be outside, this one cannot confirm.
+                self._heart[_LEASE] = 0
+            self.set_probe_cgroups(probe_cgroups)
+            self._take_over()
+            stack.pop_all()
+        return self
+
+    def _take_over(self) -> None:
+        for record in list(self._records):
+            if record.phase is Phase.ATTACHED:
+                self._attacher.restore(record)
+            else:
+                self._remove(record)
+        self._pins.remove_foreign()
+
+    # --- pods ---------------------------------------------------------------
+
+    def attach(self, pod: PodSteering, listeners: Listeners) -> AttachedPod:
+        """Capture a pod, or bring a captured one up to date.
+
+        Atomic: after an error a new pod is untouched and a known one as it
+        was. A pod of the same name in another netns takes the place of the
+        one that is known.
+        """
+        with self._lock:
+            _refuse_own(pod)
+            known = self._records.named(pod.key)
+            other = self._records.of_netns(pod.netns.cookie)
+            if other is not None and other.key != pod.key:
+                raise MeshbpfError(
+                    "netns-attached",
+                    f"{pod.netns.path} is attached already, as {other.key}",
+                    f"meshbpf detach --pod {other.key}",
+                )
+            if known is not None and known.cookie != pod.netns.cookie:
+                self._remove(known)
+                known = None
+            if known is None:
+                return _attached(self._attacher.attach(pod, listeners))
+            return _attached(self._attacher.attach_again(known, pod, listeners))
+
+    def detach(self, key: str) -> None:
+        """Lift the capture and leave no trace. No error when there is none.
+
+        Connections that the agent carries end with a reset; direct ones go
+        on. Works when the netns is gone.
+        """
+        with self._lock:
+            record = self._records.named(key)
+            if record is not None:
+                self._remove(record)
+
+    def _remove(self, record: PodRecord) -> None:
+        netns = self._attacher.netns_of(record)
+        try:
+            self._attacher.remove(record, netns)
+        finally:
+            if netns is not None:
+                netns.close()
+
+    def attached(self) -> tuple[AttachedPod, ...]:
+        """The pods that are captured, by name."""
+        with self._lock:
+            return tuple(
+                _attached(record) for record in self._records if record.phase is Phase.ATTACHED
+            )
+
+    def set_listeners(self, key: str, listeners: Listeners) -> None:
+        """Replace a pod's listeners, each in one step. MeshbpfError for an unknown pod."""
+        with self._lock:
+            record = self._records.named(key)
+            if record is None:
+                raise MeshbpfError("not-attached", f"{key} is not attached")
+            PodMaps(self._maps).set_listeners(record.index, listeners)
+
+    # --- what the hooks look up ---------------------------------------------
+
+    def set_mesh(self, prefixes: Collection[IPNetwork]) -> None:
+        """Make these the destinations that go through the agent; only changes are written.
+
+        What is new comes before what is old goes. MeshbpfError when the map is full.
+        """
+        with self._lock:
+            wanted = set(prefixes)
+            mesh = self._maps["mesh"]
+            if len(wanted) > mesh.spec.max_entries:
+                raise MeshbpfError(
+                    "mesh-too-large",
+                    f"{len(wanted)} mesh prefixes, and the map takes {mesh.spec.max_entries}",
+                )
+            added = wanted - self._mesh
+            removed = self._mesh - wanted
+            if len(self._mesh) + len(added) > mesh.spec.max_entries:
+                mesh.delete_many(codecs.prefix(_GROUP, one) for one in removed)
+                removed = set()
+            if added:
+                mesh.update_many({codecs.prefix(_GROUP, one): _PRESENT for one in added})
+            mesh.delete_many(codecs.prefix(_GROUP, one) for one in removed)
+            self._mesh = wanted
+
+    def beat(self, *, lease_s: float) -> None:
+        """Tell the hooks that the agent lives, and that its state holds for `lease_s` more."""
+        now_ns = time.monotonic_ns()
+        self._heart[_LEASE] = now_ns + int(lease_s * 1e9)
+        self._heart[_BEAT] = now_ns
+
+    def protect(self, sock: socket.socket) -> None:
+        """Make it the agent's own socket, which is never captured. Before connect()."""
+        self._maps["agent_sockets"].update(codecs.u32(sock.fileno()), _PRESENT)
+
+    def set_probe_cgroups(self, paths: Sequence[Path]) -> tuple[str, ...]:
+        """Host processes in or below these cgroups are probes, left alone inbound.
+
+        Gives the reasons for paths that cannot be used.
+        """
+        skipped = []
+        wanted = set()
+        for path in paths:
+            try:
+                # On cgroup v2 a folder's inode number is the cgroup's id.
+                wanted.add(codecs.u64(path.stat().st_ino))
+            except OSError as error:
+                skipped.append(f"{path}: {error.strerror}")
+        with self._lock:
+            cgroups = self._maps["probe_cgroups"]
+            for key in wanted:
+                cgroups.update(key, _PRESENT)
+            cgroups.delete_many(key for key in list(cgroups.keys()) if key not in wanted)
+        return tuple(skipped)
+
+    # --- the whole ----------------------------------------------------------
+
+    def statistics(self) -> SteeringStatistics:
+        """Counters of the hooks."""
+        with self._lock:
+            decisions, counters = self._maps["decisions"], self._maps["pod_counters"]
+            beat_ns = self._heart[_BEAT]
+            return SteeringStatistics(
+                decisions={
+                    decision.name.lower(): codecs.sum_u64(
+                        b"".join(decisions.lookup_per_cpu(codecs.u32(decision)))
+                    )
+                    for decision in Decision
+                },
+                pods={
+                    record.key: codecs.sum_pod_counters(
+                        b"".join(counters.lookup_per_cpu(codecs.u32(record.index)))
+                    )
+                    for record in self._records
+                },
+                mesh_prefixes=len(self._mesh),
+                heartbeat_age_s=(time.monotonic_ns() - beat_ns) / 1e9 if beat_ns else None,
+            )
+
+    def close(self) -> None:
+        """Let go of descriptors. Capture goes on, as `on_agent_down` says. Repeatable."""
+        with self._lock:
+            self._release_memory()
+            for one in self._maps.values():
+                one.close()
+
+    def _release_memory(self) -> None:
+        self._heart.release()
+        self._memory.close()
+
+    def destroy(self) -> None:
+        """Detach every pod and remove everything of this agent id, then close."""
+        with self._lock:
+            for record in list(self._records):
+                self._remove(record)
+            self._pins.remove()
+            self.close()
+
+
+def _refuse_own(pod: PodSteering) -> None:
+    own = Netns.own()
+    own.close()
+    if own.cookie == pod.netns.cookie:
+        raise MeshbpfError(
+            "own-netns",
+            f"{pod.netns.path} is the agent's own network namespace",
+            "pods on the host's network cannot be captured",
+        )
+
+
+def _attached(record: PodRecord) -> AttachedPod:
+    fail_open = bool(record.flags & PodFlag.FAIL_OPEN)
+    return AttachedPod(
+        index=record.index,
+        key=record.key,
+        cookie=record.cookie,
+        addresses=record.ips(),
+        interfaces=tuple(one.interface for one in record.points if not one.on_host),
+        host_ifindexes=tuple(dict.fromkeys(one.ifindex for one in record.points if one.on_host)),
+        host_skipped=record.host_skipped,
+        on_agent_down=OnAgentDown.OPEN if fail_open else OnAgentDown.CLOSED,
+    )
+
+
+def _connect_hooks(attacher: Attacher, capture: Capture) -> tuple[str, str]:
+    """Attach or remove the connect hooks; what is in force, and why."""
+    pins = attacher.pins
+    root = mounted_kind("cgroup2", mounts_of())
+    if capture is Capture.AUTO and root is not None:
+        with Programs(attacher.compiled, attacher.maps) as programs:
+            for name in _CONNECT_HOOKS:
+                links.hold_connect_hook(pins, name, root.point, programs.loader(name))
+        return "connect+tc", f"cgroup v2 is mounted at {root.point}"
+    for name in _CONNECT_HOOKS:
+        path = pins.cgroup() / name
+        for pin in (path, *pins.inherited(path)):
+            pinned.drop(pin)
+    if capture is Capture.TC:
+        return "tc", "asked for"
+    return "tc", "no cgroup v2 is mounted: connect hooks have nothing to sit on"
