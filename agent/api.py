@@ -100,7 +100,7 @@ class CaptureInfo(Result, frozen=True):
     in_force: str
     """Either `connect+tc` or `tc`."""
     reason: str
-    """Why it is not what `auto` would prefer; empty when it is."""
+    """Why it is that."""
 
 
 class PodCounts(Result, frozen=True):

@@ -9,10 +9,9 @@ import os
 import platform
 import time
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import trio
-from meshbpf.agent.datapath.steering import Capture, Steering
-from meshbpf.agent.runtime.forwarder import Forwarder
 
 import meshbpf
 from meshbpf.agent import api
@@ -21,10 +20,12 @@ from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.datapath.steering import Capture, Steering
 from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_now
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer, counters, error_body
+from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.mesh import LiveMesh
@@ -32,6 +33,9 @@ from meshbpf.agent.runtime.pods import Pod, PodManager
 from meshbpf.agent.runtime.readiness import Readiness
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.state_source import LocalXdsSource
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 START_WAIT_S = 30.0
 """How long attach and detach wait for an agent that is still starting."""
@@ -94,6 +98,9 @@ class Agent:
             mesh=self._mesh.current,
             nursery=self._nursery,
         )
+        for path in settings.probe_cgroups:
+            if not path.is_dir():
+                log.warning("probe cgroup is not there: its probes will be captured", path=path)
         await pods.restore()
         self.readiness.done("pods")
         self._mesh.on_change(self._mesh_changed)
@@ -293,7 +300,7 @@ class Agent:
         return found
 
     def _counters(self) -> dict[str, dict[str, int | float]]:
-        parts: dict[str, object] = {
+        parts: dict[str, DataclassInstance] = {
             "certificates": self._certificates.statistics(),
             "connections": self._connections.statistics(),
             "control": self._control.statistics(),
@@ -302,6 +309,9 @@ class Agent:
         }
         if self._heartbeat is not None:
             parts["heartbeat"] = self._heartbeat.statistics()
+        found = {name: counters(part) for name, part in parts.items()}
         if self._steering is not None:
-            parts["steering"] = self._steering.statistics()
-        return {name: counters(part) for name, part in parts.items()}
+            steering = self._steering.statistics()
+            found["steering"] = counters(steering)
+            found["decisions"] = dict(steering.decisions)
+        return found

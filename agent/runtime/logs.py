@@ -83,7 +83,7 @@ class PlainFormatter(logging.Formatter):
         cells = [
             _time(record).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             record.levelname.lower(),
-            record.name.removeprefix(f"{ROOT}."),
+            _scope(record),
             _escape(record.getMessage()),
         ]
         values = _fields(record)
@@ -105,7 +105,7 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, object] = {
             "level": record.levelname.lower(),
             "time": _time(record),
-            "scope": record.name.removeprefix(f"{ROOT}."),
+            "scope": _scope(record),
             "message": record.getMessage(),
             **_fields(record),
         }
@@ -198,6 +198,11 @@ def set_up(level: LogLevel, log_format: LogFormat, stream: TextIO = sys.stderr) 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     values = getattr(record, _FIELDS, {})
     return {key: value for key, value in values.items() if value not in (None, "")}
+
+
+def _scope(record: logging.LogRecord) -> str:
+    """`pods` for `meshbpf.pods`, `forwarder` for `meshbpf.agent.runtime.forwarder`."""
+    return record.name.removeprefix(f"{ROOT}.").removeprefix("agent.runtime.")
 
 
 def _time(record: logging.LogRecord) -> datetime:

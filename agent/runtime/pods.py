@@ -20,7 +20,6 @@ from typing import Protocol
 
 import msgspec
 import trio
-from meshbpf.agent.datapath.steering import AttachedPod, Steering
 
 from meshbpf.agent.api import AttachRequest, AttachResult, DetachResult, PodInfo
 from meshbpf.agent.config import PodName, Settings
@@ -28,6 +27,7 @@ from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.datapath.netns import Netns
+from meshbpf.agent.datapath.steering import AttachedPod, Steering
 from meshbpf.agent.runtime import attachments
 from meshbpf.agent.runtime.attach_plan import AttachError, candidates, identity, plan
 from meshbpf.agent.runtime.attachments import Attachment
@@ -402,6 +402,8 @@ class PodManager:
 
     def _warn_of_doubts(self, pod: Pod) -> None:
         assert pod.kernel is not None  # noqa: S101 (called after attach)
+        for reason in pod.kernel.host_skipped:
+            log.warning("host side of a pod is not guarded", pod=pod.key, reason=reason)
         known = candidates(pod.attachment.name, self._settings, self._mesh())
         if not known:
             log.warning("pod is not in the mesh state yet: it can reach nobody", pod=pod.key)

@@ -16,7 +16,6 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import Workload
-from meshbpf.agent.runtime import attach_plan
 from meshbpf.agent.runtime.attach_plan import find_netns, identity, plan
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -56,7 +55,7 @@ def netns(monkeypatch: pytest.MonkeyPatch) -> str:
             return os.stat_result((*own[:1], own.st_ino + 1, *own[2:10]))
         return real(path, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attach_plan.os, "stat", stat)
+    monkeypatch.setattr(os, "stat", stat)
     return "pod-a"
 
 

@@ -86,10 +86,12 @@ async def test_what_is_not_http_is_dropped_and_others_are_served() -> None:
 
 async def test_a_client_that_sends_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "CLIENT_S", 0.2)
-    async with served(Readiness()) as port:
-        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            with trio.fail_after(5):
-                assert await stream.receive_some() == b""
+    async with (
+        served(Readiness()) as port,
+        await trio.open_tcp_stream("127.0.0.1", port) as stream,
+    ):
+        with trio.fail_after(5):
+            assert await stream.receive_some() == b""
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
