@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from meshbpf.agent.wire.frames import HEADER_BYTES
-from meshbpf.agent.wire.tls_channel import RECORD_BYTES
+from meshbpf.agent.wire.records import RECORD_BYTES
 
 _SMALL_FRAME_BYTES = 16384
 """What every HTTP/2 peer takes."""
@@ -65,6 +65,8 @@ class Scratch:
     def __init__(self) -> None:
         self.ciphertext = memoryview(bytearray(READ_BYTES))
         self.plaintext = memoryview(bytearray(READ_BYTES))
+        self.outgoing = memoryview(bytearray(2 * READ_BYTES))
+        """Ciphertext on its way to a socket: a chunk and its records' overhead fit."""
         self._whole = Layout(CHUNK_BYTES, 1)
         self._small = Layout(_SMALL_FRAME_BYTES, CHUNK_BYTES // _SMALL_FRAME_BYTES)
 

@@ -359,27 +359,32 @@ class Tunnel:
 
     def _transmit(self) -> None:
         """Send what TLS has ready; keep what the socket does not take."""
-        ciphertext = self._channel.take()
-        if not ciphertext or self.closed:
-            return
-        sent = 0
-        if not self._backlog:
-            try:
-                sent = self._sock.send(ciphertext)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                # The reader ends the tunnel: it may be deep in a call of ours.
-                self.close(f"sending failed: {error.strerror}")
+        buffer = SCRATCH.outgoing
+        while size := self._channel.take_into(buffer):
+            if self.closed:
                 return
-            if sent == len(ciphertext):
+            sent = 0
+            if not self._backlog:
+                try:
+                    sent = self._sock.send(buffer[:size])
+                except BlockingIOError:
+                    sent = 0
+                except OSError as error:
+                    # The reader ends the tunnel: it may be deep in a call of ours.
+                    self.close(f"sending failed: {error.strerror}")
+                    return
+            if sent < size:
+                self._queue(bytes(buffer[sent:size]))
+            if size < len(buffer):
                 return
-        self._backlog.append(memoryview(ciphertext)[sent:])
-        self._backlog_bytes += len(ciphertext) - sent
+
+    def _queue(self, ciphertext: bytes) -> None:
+        self._backlog.append(memoryview(ciphertext))
+        self._backlog_bytes += len(ciphertext)
         if self._backlog_bytes > BACKLOG_LIMIT_BYTES:
             self.close("the peer reads nothing of what it asks for")
-            return
-        self._flush_wanted.unpark_all()
+        else:
+            self._flush_wanted.unpark_all()
 
     async def _flush(self) -> None:
         sock, backlog = self._sock, self._backlog

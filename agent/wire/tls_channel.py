@@ -8,18 +8,18 @@ buffer.
 
 from __future__ import annotations
 
+import logging
+
 from OpenSSL import SSL
 
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.wire.errors import TlsError, UsageError
+from meshbpf.agent.wire.records import records_for
 from meshbpf.agent.wire.tls import Expectation
 
-RECORD_BYTES = 16384
-"""The most plaintext that one TLS record holds."""
-_RECORD_OVERHEAD_BYTES = 22
-"""TLS 1.3 with AES-GCM: header 5, content type 1, tag 16."""
-_SMALL_READ_BYTES = 16 * 1024
-_TAKE_SLACK_BYTES = 4096
+log = logging.getLogger(__name__)
+
+_RARE_BYTES = 16 * 1024
 
 
 class TlsChannel:
@@ -33,7 +33,7 @@ class TlsChannel:
             self._connection.set_accept_state()
         else:
             self._connection.set_connect_state()
-        self._unsent_bytes = 0
+        self._records = records_for(self._connection)
 
     @property
     def peer(self) -> SpiffeId:
@@ -57,60 +57,48 @@ class TlsChannel:
             raise self._fault("handshake", error) from error
         return True
 
-    def receive(self, ciphertext: bytes | memoryview) -> None:
-        """Take in what the socket received. b"" is not the end: that the driver must know."""
-        self._connection.bio_write(ciphertext)
+    def receive(self, ciphertext: memoryview) -> None:
+        """Take in what the socket received. The end of it only the driver sees."""
+        self._records.feed(ciphertext)
 
     def read_into(self, buffer: memoryview) -> int:
         """Decrypt all complete records that fit; how many bytes. 0 when more input is needed.
 
         Raises TlsError when a record is forged or the peer closed TLS.
         """
-        filled = 0
-        size = len(buffer)
-        receive = self._connection.recv_into
-        # A read never yields more than one record, and a short buffer makes
-        # OpenSSL keep the rest, so the loop ends on WantRead or a full buffer.
-        while filled < size:
-            try:
-                filled += receive(buffer[filled : filled + RECORD_BYTES])
-            except SSL.WantReadError:
-                break
-            except SSL.ZeroReturnError:
-                if filled:
-                    break  # close_notify: seen again by the next call
-                raise TlsError("tls-closed", "the peer closed the TLS connection") from None
-            except SSL.Error as error:
-                raise self._fault("record", error) from error
-        return filled
+        try:
+            return self._records.read_into(buffer)
+        except SSL.ZeroReturnError:
+            raise TlsError("tls-closed", "the peer closed the TLS connection") from None
+        except SSL.Error as error:
+            raise self._fault("record", error) from error
 
     def write(self, plaintext: bytes | bytearray | memoryview) -> None:
-        """Encrypt all of `plaintext`; take the records with `take`."""
+        """Encrypt all of `plaintext`; take the records with `take_into`."""
         size = len(plaintext)
         if not size:
             return
         try:
-            written = self._connection.send(plaintext)
+            written = self._records.write(plaintext)
         except SSL.Error as error:
             raise self._fault("write", error) from error
         if written != size:
             raise UsageError("OpenSSL wrote a part: partial writes must be switched off")
-        self._unsent_bytes += size + _RECORD_OVERHEAD_BYTES * (-(-size // RECORD_BYTES))
+
+    def take_into(self, buffer: memoryview) -> int:
+        """Move ciphertext that waits to be sent into `buffer`; how many bytes.
+
+        Call it again while it fills the buffer: there may be more.
+        """
+        return self._records.take_into(buffer)
 
     def take(self) -> bytes:
-        """All ciphertext that waits to be sent; b"" when there is none."""
-        pieces = []
-        expected = self._unsent_bytes + _TAKE_SLACK_BYTES
-        self._unsent_bytes = 0
-        while True:
-            try:
-                piece = self._connection.bio_read(expected)
-            except SSL.WantReadError:
-                break
-            pieces.append(piece)
-            if len(piece) < expected:
-                break
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        """All ciphertext that waits to be sent; for handshakes and other rare words."""
+        buffer = memoryview(bytearray(_RARE_BYTES))
+        taken = bytearray()
+        while size := self._records.take_into(buffer):
+            taken += buffer[:size]
+        return bytes(taken)
 
     def close(self) -> None:
         """Say close_notify, if the connection still can."""
@@ -118,7 +106,7 @@ class TlsChannel:
             self._connection.shutdown()
         except SSL.Error:
             # The peer is gone or the handshake never ended: no one to tell.
-            self._unsent_bytes = 0
+            log.debug("no close_notify was sent")
 
     def _fault(self, when: str, error: SSL.Error) -> TlsError:
         reason = self._expectation.refusal or _openssl_reason(error)
