@@ -95,7 +95,8 @@ class _Builder:
                     )
                 self.add(*known)
             case yaml.ScalarEvent():
-                plain = event.implicit[0]
+                # libyaml's binding says "" and PyYAML itself None for a plain style.
+                plain = not event.style and not (event.tag or "").startswith(_STANDARD)
                 scalar = Scalar(line, event.value, plain, _tag(event))
                 self.remember(event.anchor, scalar, 1)
                 self.add(scalar, 1)
