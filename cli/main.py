@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Not click's own main(), which ends with status 1 when a pipe breaks: of
         # `status` that would mean "not ready".
-        with cli.make_context(PROGRAM, given) as ctx:
+        with cli.make_context(PROGRAM, list(given)) as ctx:
             status = cli.invoke(ctx)
         sys.stdout.flush()
     except click.exceptions.Exit as done:  # --help and --version

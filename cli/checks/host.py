@@ -5,7 +5,6 @@ None of them is required: each finding is a warning that says what is lost.
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,15 +32,16 @@ class Sysctl:
         try:
             text = (root / self.name.replace(".", "/")).read_text().split()[0]
         except FileNotFoundError:
-            return Finding(name=self.name, outcome="ok", detail="not known to this kernel")
+            return Finding(name=self.name, outcome="ok", found="not known to this kernel")
         except (PermissionError, IndexError) as error:
-            return Finding(name=self.name, outcome="warning", detail=f"cannot be read: {error}")
+            return Finding(name=self.name, outcome="warning", found=f"cannot be read: {error}")
         if self.wanted(int(text)):
-            return Finding(name=self.name, outcome="ok", detail=text)
+            return Finding(name=self.name, outcome="ok", found=text)
         return Finding(
-            name=f"{self.name} is {text}",
+            name=self.name,
             outcome="warning",
-            detail=self.consequence,
+            found=text,
+            consequence=self.consequence,
             hint=f"sysctl -w {self.name}={self.remedy}",
         )
 
@@ -97,11 +97,12 @@ def resource_limit() -> int:
 def open_files(limit: int) -> Finding:
     """Whether `limit` open files carry a busy node."""
     if limit >= _OPEN_FILES:
-        return Finding(name="open files", outcome="ok", detail=f"{limit} or more")
+        return Finding(name="open files", outcome="ok", found=f"{limit} or more")
     return Finding(
-        name=f"open files are limited to {limit}",
+        name="open files",
         outcome="warning",
-        detail=f"about {max(limit // 2 - 64, 0)} connections can be carried at once",
-        hint=f"ulimit -n {_OPEN_FILES}, or LimitNOFILE= in the agent's unit; "
-        f"this limit is that of uid {os.getuid()}'s shell",
+        found=f"at most {limit} here",
+        consequence=f"an agent started from here carries about {max(limit // 2 - 64, 0)} "
+        "connections at once",
+        hint=f"ulimit -Hn {_OPEN_FILES}, or LimitNOFILE={_OPEN_FILES} in the agent's unit",
     )

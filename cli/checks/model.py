@@ -30,9 +30,11 @@ class Finding(Result, frozen=True):
     """One fact that was looked at."""
 
     name: str
+    """What was looked at; the same however it comes out."""
     outcome: Outcome
-    detail: str = ""
-    """What was found, or what follows from what was not."""
+    found: str = ""
+    consequence: str = ""
+    """What follows from it, unless all is well."""
     hint: str = ""
     """What to do about it."""
 
@@ -84,12 +86,9 @@ def _block(category: Category) -> Iterator[str]:
     yield "-" * len(category.name)
     for finding in category.findings:
         mark, style = _MARKS[finding.outcome]
-        good = finding.outcome == "ok"
-        # What holds fits on its line; what does not gets lines of its own.
-        beside = f": {finding.detail}" if good and finding.detail else ""
+        beside = f": {finding.found}" if finding.found else ""
         yield f"{click.style(mark, fg=style.value)} {printable(finding.name + beside)}"
-        if not good:
-            if finding.detail:
-                yield f"    {printable(finding.detail)}"
-            if finding.hint:
-                yield f"    hint: {printable(finding.hint)}"
+        if finding.consequence:
+            yield f"    {printable(finding.consequence)}"
+        if finding.hint:
+            yield f"    hint: {printable(finding.hint)}"

@@ -19,48 +19,50 @@ def running_agent(session: Session) -> tuple[Category, StatusResult | None]:
     try:
         status = ask(session, StatusRequest())
     except UnavailableError as error:
-        found = Finding(name="no agent runs", outcome="warning", detail=error.what, hint=error.hint)
+        found = Finding(name="running", outcome="warning", found=error.what, hint=error.hint)
         return Category(name="agent", findings=(found,)), None
     except MeshbpfError as error:
-        found = Finding(name="agent", outcome="failed", detail=error.what, hint=error.hint)
+        found = Finding(name="running", outcome="failed", found=error.what, hint=error.hint)
         return Category(name="agent", findings=(found,)), None
     return Category(name="agent", findings=tuple(_findings(status))), status
 
 
 def _findings(status: StatusResult) -> Iterator[Finding]:
     if status.ready:
-        yield Finding(name="ready", outcome="ok", detail=f"node {status.node}, {status.version}")
+        yield Finding(name="ready", outcome="ok", found=f"node {status.node}, {status.version}")
     else:
         yield Finding(
-            name="not ready",
+            name="ready",
             outcome="failed",
-            detail=f"waiting for {', '.join(status.pending) or 'nothing it names'}",
+            found=f"no, waiting for {', '.join(status.pending) or 'nothing it names'}",
             hint="meshbpf status",
         )
     beat = status.heartbeat
     if beat.beating:
-        yield Finding(name="heartbeat", outcome="ok", detail=f"limit {beat.limit_s:g} s")
+        yield Finding(name="heartbeat", outcome="ok", found=f"limit {beat.limit_s:g} s")
     else:
         yield Finding(
-            name="no heartbeat",
+            name="heartbeat",
             outcome="failed",
-            detail="the kernel takes the agent for dead: pods do what --on-agent-down says",
+            found="missing",
+            consequence="the kernel takes the agent for dead: pods do what --on-agent-down says",
         )
     if status.state.error is None:
-        yield Finding(name="mesh state", outcome="ok", detail=status.state.origin)
+        yield Finding(name="mesh state", outcome="ok", found=status.state.origin)
     else:
         yield Finding(
-            name="mesh state refused, the last good one is kept",
+            name="mesh state",
             outcome="failed",
-            detail=status.state.error.what,
+            found=status.state.error.what,
+            consequence="the last good state is kept; the file is not followed",
             hint=status.state.error.hint,
         )
     if status.pods.failed:
         yield Finding(
             name="pods",
             outcome="failed",
-            detail=f"{status.pods.failed} could not be attached",
+            found=f"{status.pods.failed} could not be attached",
             hint="meshbpf pods",
         )
     else:
-        yield Finding(name="pods", outcome="ok", detail=f"{status.pods.attached} attached")
+        yield Finding(name="pods", outcome="ok", found=f"{status.pods.attached} attached")

@@ -76,7 +76,7 @@ def _facts(status: StatusResult) -> Iterator[tuple[str, CellLike]]:
 
 def _capture(status: StatusResult) -> str:
     capture = status.capture
-    text = f"{capture.in_force} (asked for {capture.requested})"
+    text = f"{capture.in_force}, asked for {capture.requested}"
     return f"{text}: {capture.reason}" if capture.reason else text
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,24 @@ def test_every_command_takes_the_common_options(name: str) -> None:
     assert {"--state-dir", "-o", "--output"} <= opts
 
 
-def test_help_looks_as_it_was_read(golden: Any, invoke: Any) -> None:
-    golden("help", invoke("--help").stdout)
+def test_help_lists_every_command_with_its_summary(meshbpf: Any) -> None:
+    shown = meshbpf("--help").stdout
+    for name, entry in COMMANDS.items():
+        assert f"  {name:<11}  {entry.summary}\n" in shown
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_a_command_looks_as_it_was_read(golden: Any, invoke: Any, name: str) -> None:
-    golden(f"help-{name}", invoke(name, "--help").stdout)
-
-
-@pytest.mark.parametrize("name", ["init", "import", "show"])
-def test_help_of_a_ca_verb_looks_as_it_was_read(golden: Any, invoke: Any, name: str) -> None:
-    golden(f"help-ca-{name}", invoke("ca", name, "--help").stdout)
+@pytest.mark.parametrize("name", [*COMMANDS, "ca init", "ca import", "ca show"])
+def test_every_option_explains_itself(meshbpf: Any, name: str) -> None:
+    found, _, verb = name.partition(" ")
+    described = command(found)
+    if verb:
+        assert isinstance(described, click.Group)
+        described = described.commands[verb]
+    for param in described.params:
+        assert not isinstance(param, click.Option) or param.help
+    ran = meshbpf(*name.split(), "--help")
+    assert ran.status == 0
+    assert ran.stdout.startswith(f"Usage: meshbpf {name} ")
 
 
 def imported_by(*arguments: str) -> set[str]:
@@ -80,19 +85,20 @@ def test_asking_the_agent_imports_neither_trio_nor_cryptography(tmp_path: Path) 
     assert not {name for name in modules if name.startswith("meshbpf.agent.runtime")}
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("status",)])
-def test_the_command_starts_within_its_promise(
-    meshbpf: Any, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
-    """The best of ten: the machine may be busy, and that is not the command's doing."""
-    best_s = START_S
-    for _ in range(10):
-        began = time.monotonic()
-        meshbpf("--state-dir", tmp_path, *arguments)
-        best_s = min(best_s, time.monotonic() - began)
-        if best_s < START_S:
-            break
-    assert best_s < START_S
+@pytest.mark.parametrize("verb", ["--help", "status"])
+def test_the_command_starts_within_its_promise(agent: Any, tmp_path: Path, verb: str) -> None:
+    """By CPU time, the best of five: a busy machine is not the command's doing."""
+    agent(status=samples.STATUS)
+    assert min(cpu_s("--state-dir", tmp_path, verb) for _ in range(5)) < START_S
+
+
+def cpu_s(*arguments: str | Path) -> float:
+    """CPU seconds, user and system, of one run of the command."""
+    process = subprocess.Popen([COMMAND, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.mark.parametrize(
@@ -199,8 +205,10 @@ def test_a_full_disk_under_stdout_is_said_and_not_traced(agent: Any, tmp_path: P
     assert done.stderr == "meshbpf: the output cannot be written: No space left on device\n"
 
 
-def test_a_locale_without_unicode_shows_escapes(agent: Any, meshbpf: Any, tmp_path: Path) -> None:
-    agent(detach=msgspec.structs.replace(samples.DETACHED, pod="a/caf\u00e9"))
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    ran = meshbpf("--state-dir", tmp_path, "detach", "--pod", "a/b", env=ascii_only)
-    assert (ran.status, ran.stdout) == (0, "pod a/caf\\xe9 detached\n")
+def test_a_locale_that_lacks_a_letter_shows_an_escape(
+    agent: Any, meshbpf: Any, tmp_path: Path
+) -> None:
+    agent(detach=msgspec.structs.replace(samples.DETACHED, pod="a/\u6f22"))
+    latin = {"PYTHONIOENCODING": "latin-1"}
+    ran = meshbpf("--state-dir", tmp_path, "detach", "--pod", "a/b", env=latin)
+    assert (ran.status, ran.stdout) == (0, "pod a/\\u6f22 detached\n")
