@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 // Hook: cgroup/connect4, on the cgroup v2 root. Runs once per connect() of an
-// IPv4 socket, before the source address is chosen. Not run for the subflows
-// of an MPTCP socket: TC takes those.
+// IPv4 socket, before the source address is chosen. Whether it runs for the
+// subflows of an MPTCP socket depends on the kernel: TC takes what it misses.
 // Does: marks a pod's socket when its destination is in the mesh, so that the
 // pod's policy route hands the SYN to the outbound listener. The address is
 // never rewritten: getpeername() in the app and getsockname() in the agent

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -155,7 +156,7 @@ class Netns:
         some process keep it. The kernel gives inode numbers out again, the
         cookie never.
         """
-        for place in (path, *_places()):
+        for place in chain((path,), _places()):
             try:
                 status = place.stat()
                 if (status.st_dev, status.st_ino) != (dev, inode):

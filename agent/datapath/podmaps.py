@@ -97,13 +97,19 @@ class PodMaps:
         self.maps["pods"].delete(codecs.u64(record.cookie))
 
     def set_listeners(self, pod: int, listeners: ListenerMap) -> None:
-        """Put these listeners into their slots; a slot that is not named is emptied."""
+        """Put these listeners into their slots; a slot that is not named is emptied.
+
+        They get SO_REUSEADDR, and what they accept inherits it: accepted
+        sockets are bound to the ports of the original destinations, and an
+        application that opens its own :80 must not find it taken by them.
+        """
         for role in Role:
             for family in codecs.FAMILIES:
                 sock = listeners.get((role, family))
                 if sock is None:
                     self._drop_listener(pod, role, family)
                 else:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     key = codecs.listener(pod, role, family)
                     self.maps["listeners"].update(key, codecs.u64(sock.fileno()))
 
