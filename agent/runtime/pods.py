@@ -252,19 +252,31 @@ class PodManager:
         pod.netns, pod.listeners = netns, listeners
 
     async def _replace(self, old: Pod, wanted: Attachment) -> Pod:
-        """Put `wanted` in the place of a pod of the same name, without a moment uncaptured.
+        """Make a pod what `wanted` says, without a moment uncaptured.
 
-        The new listeners are registered before the old ones close. A pod
-        that came back in another namespace has nothing to be kept.
+        New options are the kernel's business alone: the forwarder and its
+        connections stay. Another account needs another forwarder, whose
+        listeners are registered before the old ones close. A pod that came
+        back in another namespace has nothing to be kept.
         """
-        if old.attached and (old.attachment.netns_inode != wanted.netns_inode):
+        have = old.attachment
+        if old.attached and have.netns_inode != wanted.netns_inode:
             await self._stop(old)
             return await self._start(wanted)
+        if old.attached and have.service_account == wanted.service_account:
+            await trio.to_thread.run_sync(self._reattach_blocking, old, wanted)
+            old.attachment = wanted
+            return old
         pod = await self._start(wanted)
         await self._end_serving(old)
         if old.identity != pod.identity:
             self._certificates.release(old.identity, old.key)
         return pod
+
+    def _reattach_blocking(self, pod: Pod, wanted: Attachment) -> None:
+        assert pod.netns is not None  # noqa: S101 (it is attached)
+        spec = pod_steering(wanted, pod.netns)
+        pod.kernel = self._steering.attach(spec, pod.listeners)
 
     async def _stop(self, pod: Pod) -> None:
         """Lift the capture, end the forwarder, forget. Raises MeshbpfError before any of it."""
