@@ -102,13 +102,13 @@ class Demo:
                 source, target = self.bed["n1a"], self.bed["n2a"]
                 with self.bed.connect(source, target.vip(family), 80) as sock:
                     echo(sock)
-                say(f"by service     n1a -> {target.vip(family)} port 80: echoed by n2a")
+                say(f"by service      n1a -> {target.vip(family)} port 80: echoed by n2a")
 
     def call(self, what: str, client: Pod, server: Pod, family: Family) -> None:
         """One call: the server must see both true addresses."""
         with self.bed.connect(client, server.address(family), WHOAMI) as sock:
             seen = json.loads(receive_all(sock))
-        say(f"{what:<15}{client.name} -> {server.name}: it sees {seen['peer']} -> {seen['local']}")
+        say(f"{what:<16}{client.name} -> {server.name}: it sees {seen['peer']} -> {seen['local']}")
         expect(
             seen["peer"] == client.address(family) and seen["local"] == server.address(family),
             f"{server.name} saw other addresses than {client.name}'s and its own",

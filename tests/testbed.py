@@ -48,6 +48,7 @@ from meshbpf.agent.api import (
     StatusRequest,
 )
 from meshbpf.agent.api_client import call
+from meshbpf.agent.core.address import SocketAddress
 from tests.progs.inside import NETNS_DIR, socket_inside, sysctl_inside
 from tests.progs.pod import NAMESPACE, TRUST_DOMAIN, Family, Pod, node_address, service, workload
 from tests.progs.program import BedError, Program, end_recorded, eventually, run_inside
@@ -56,7 +57,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN_DIR = Path("/run/meshbpf-testbed")
 PINS_DIR = Path("/sys/fs/bpf/meshbpf")
 MESHBPF = Path(sys.prefix) / "bin" / "meshbpf"
-READY_LIMIT_S = 40.0  # a cold start compiles the BPF programs first
+BYTECODE_DIR = ROOT / ".cache" / "testbed" / "bpf"
+READY_LIMIT_S = 60.0  # a cold start compiles the BPF programs first
 CLI_LIMIT_S = 30.0
 
 R = TypeVar("R")
@@ -96,6 +98,7 @@ class Agent:
         if self.running:
             raise BedError(f"the agent of node{self.node} runs already")
         self.options = options
+        _copy_bytecode(BYTECODE_DIR, self.state_dir / "cache")
         argv = [str(MESHBPF), "run", "--node", f"node{self.node}"]
         argv += ["--state-dir", str(self.state_dir), "--ca-dir", str(self.bed.ca_dir)]
         argv += ["--local-xds", str(self.bed.mesh_file), *options]
@@ -109,6 +112,7 @@ class Agent:
             if time.monotonic() > deadline:
                 raise BedError(f"node{self.node} not ready in {limit_s} s:\n{self.program.tail()}")
             time.sleep(0.1)
+        _copy_bytecode(self.state_dir / "cache", BYTECODE_DIR)
 
     def cli(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`meshbpf --state-dir DIR argv...` in the node; BedError when it fails."""
@@ -119,14 +123,19 @@ class Agent:
         """The same question without a process, for those who ask often."""
         return call(self.state_dir, request, timeout_s=10.0)
 
-    def carried(self, source: tuple[str, int] | None = None) -> list[ConnectionInfo]:
-        """The connections it carries, or those of the client with this address."""
+    def carried(self, client: str = "", port: int = 0) -> list[ConnectionInfo]:
+        """The connections it carries, of the client with this address and port (0: any).
+
+        The agent of the destination knows the port of a plaintext client only:
+        an HBONE tunnel does not keep it.
+        """
         found = self.ask(ConnectionsRequest()).connections
-        if source is None:
-            return list(found)
-        ip, port = source
-        wanted = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
-        return [one for one in found if one.source == wanted]
+        ends = [(one, SocketAddress.parse(one.source)) for one in found]
+        return [
+            one
+            for one, source in ends
+            if client in ("", str(source.ip)) and port in (0, source.port)
+        ]
 
     def pod_state(self, key: str) -> str:
         """What it says of the pod NS/NAME: attached, failed, or unknown."""
@@ -363,9 +372,9 @@ class Testbed:
 
     def write_mesh(self) -> None:
         """The mesh file anew, in the format of ztunnel's LOCAL_XDS, replaced in one step."""
-        pods = self.pods.values()
+        pods = (*self.pods.values(), self.gone)
         mesh = {
-            "workloads": [workload(pod) for pod in (*pods, self.gone)],
+            "workloads": [workload(pod) for pod in pods],
             "services": [service(pod) for pod in pods],
             "policies": self.policies,
         }
@@ -499,6 +508,22 @@ def _lock(path: Path) -> int:
         os.close(fd)
         raise BedError(f"another process uses the testbed {path.stem!r}") from error
     return fd
+
+
+def _copy_bytecode(source: Path, target: Path) -> None:
+    """Entries of the agent's compile cache, each named by a hash of all that it was made from.
+
+    An agent with a new state directory would compile for seconds; a suite
+    starts dozens of them.
+    """
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target.parent.chmod(0o700)
+    for entry in source.glob("*.cached"):
+        if not (target / entry.name).exists():
+            partial = target / f".{entry.name}.{os.getpid()}"
+            shutil.copyfile(entry, partial)
+            partial.chmod(0o600)
+            partial.replace(target / entry.name)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def test_an_open_pod_reaches_the_mesh_in_plaintext(
         bed.connect(opened, meshed.address(family), server.ECHO) as sock,
     ):
         echo(sock)
-        (carried,) = bed.agents[2].carried(sock.getsockname()[:2])
+        (carried,) = bed.agents[2].carried(*sock.getsockname()[:2])
         assert (carried.direction, carried.protocol) == ("inbound", "TCP")
     passes(bed, opened, meshed.address(family))
 
@@ -98,7 +98,7 @@ def test_connections_end_with_their_agent_and_others_live(
     with through_both, within_other, into_other:
         for sock in (through_both, within_other, into_other):
             echo(sock)
-        agent = bed.agents[1]
+        agent, mark = bed.agents[1], bed.servers["n2a"].mark()
         began = time.monotonic()
         if how == "SIGKILL":
             agent.kill9()
@@ -106,8 +106,7 @@ def test_connections_end_with_their_agent_and_others_live(
             agent.stop()
         assert ends(through_both, 2.0)
         assert time.monotonic() - began < 2.0
-        port = through_both.getsockname()[1]
-        bed.servers["n2a"].wait_event("closed", 3.0, service="echo", port=port)
+        bed.servers["n2a"].wait_event("closed", 3.0, mark, service="echo")
         agent.start(*agent.options)
         echo(within_other)
         echo(into_other)

@@ -44,11 +44,11 @@ def test_established_connections_survive_an_attach(
         bed.agents[1].attach(spare)
         for sock in (out, to_mesh, into):
             echo(sock, MARKER * 10_000)
-            assert bed.agents[1].carried(sock.getsockname()[:2]) == []
+            assert bed.agents[1].carried(*sock.getsockname()[:2]) == []
         # A new one is carried: the attach was not idle.
         with bed.connect(spare, bed["n2a"].address(family), server.ECHO) as fresh:
             echo(fresh)
-            assert bed.agents[1].carried(fresh.getsockname()[:2])
+            assert bed.agents[1].carried(*fresh.getsockname()[:2])
 
 
 def test_captured_connections_survive_another_pods_attach_and_detach(

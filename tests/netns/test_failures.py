@@ -28,9 +28,9 @@ def test_a_servers_reset_reaches_the_client(bed: Testbed, family: Family, target
 def test_a_clients_reset_reaches_the_server(bed: Testbed, family: Family, target: str) -> None:
     sock = bed.connect(bed["n1a"], bed[target].address(family), server.ECHO)
     echo(sock)
-    port = sock.getsockname()[1]
+    mark = bed.servers[target].mark()
     close_with_reset(sock)
-    told = bed.servers[target].wait_event("closed", service="echo", port=port)
+    told = bed.servers[target].wait_event("closed", since=mark, service="echo")
     assert told["end"] == "ConnectionResetError"
 
 
@@ -60,11 +60,12 @@ def test_a_silent_connection_stays_open(bed: Testbed, family: Family) -> None:
         sock.settimeout(1.5)
         with pytest.raises(TimeoutError):
             sock.recv(1)
-        port = sock.getsockname()[1]
+        mark = bed.servers["n2a"].mark()
         sock.shutdown(socket.SHUT_WR)
         sock.settimeout(5)
         assert sock.recv(1) == b""
-    assert bed.servers["n2a"].wait_event("closed", service="silent", port=port)["end"] == "fin"
+    told = bed.servers["n2a"].wait_event("closed", since=mark, service="silent")
+    assert told["end"] == "fin"
 
 
 def test_a_pod_whose_namespace_vanishes_is_let_go(bed: Testbed, family: Family) -> None:

@@ -83,8 +83,10 @@ class Program:
     def running(self) -> bool:
         return self.process.poll() is None
 
-    def events(self, event: str | None = None, **match: object) -> list[dict[str, Any]]:
-        """The JSON lines so far, with that event and those values."""
+    def events(
+        self, event: str | None = None, since: int = 0, **match: object
+    ) -> list[dict[str, Any]]:
+        """The JSON lines so far, with that event and those values, after the mark `since`."""
         found = []
         for line in self.log.read_text().splitlines():
             if line.startswith("{"):
@@ -92,16 +94,22 @@ class Program:
                     found.append(json.loads(line))
         return [
             entry
-            for entry in found
+            for entry in found[since:]
             if event in (None, entry.get("event"))
             and all(entry.get(key) == value for key, value in match.items())
         ]
 
-    def wait_event(self, event: str, limit_s: float = 5.0, **match: object) -> dict[str, Any]:
-        """The last such line, as soon as there is one."""
+    def mark(self) -> int:
+        """How much it has said until now, for `wait_event(since=...)`."""
+        return len(self.events())
+
+    def wait_event(
+        self, event: str, limit_s: float = 5.0, since: int = 0, **match: object
+    ) -> dict[str, Any]:
+        """The last such line after the mark `since`, as soon as there is one."""
 
         def look() -> list[dict[str, Any]]:
-            found = self.events(event, **match)
+            found = self.events(event, since, **match)
             if not found and not self.running:
                 raise BedError(f"{self.name} ended with {self.process.returncode}:\n{self.tail()}")
             return found
