@@ -124,8 +124,8 @@ def _check_key(path: Path, found: os.stat_result) -> None:
     if mode & 0o077:
         raise ConfigError(
             "ca-key-permissions",
-            f"CA key {path} has mode {mode:04o}: others may use it, it must be 0600",
-            f"`chmod 600 {path}`, and think of who may have read it",
+            f"CA key {path} has mode {mode:04o}: others than its owner may use it",
+            f"it must be 0600: `chmod 600 {path}`, and think of who may have read it",
         )
     if found.st_uid not in (0, os.geteuid()):
         raise ConfigError(

@@ -158,7 +158,12 @@ class LocalXdsSource:
             ) from error
 
     def _parse(self, text: str) -> MeshState:
-        return parse_local_xds(text, self.origin)
+        try:
+            return parse_local_xds(text, self.origin)
+        except ConfigError as error:
+            if not error.hint:
+                error.hint = "correct it there; the keys are those of ztunnel's LOCAL_XDS file"
+            raise
 
     def _accept(self, read_at: datetime) -> None:
         self._loads += 1
