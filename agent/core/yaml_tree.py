@@ -83,34 +83,37 @@ class _Builder:
         self.anchors: dict[str, tuple[Node, int] | None] = {}  # None: still open
 
     def take(self, event: Any) -> None:
+        """Fold one event of the parser into the tree."""
         line: int = event.start_mark.line + 1
-        match event:
-            case yaml.DocumentStartEvent() if self.root is not None:
-                raise YamlError(self.origin, line, "a second document begins here")
-            case yaml.AliasEvent():
-                known = self.anchors.get(event.anchor or "")
-                if known is None:
-                    raise YamlError(
-                        self.origin, line, f"*{event.anchor} names no value that ended before it"
-                    )
-                self.add(*known)
-            case yaml.ScalarEvent():
-                # libyaml's binding says "" and PyYAML itself None for a plain style.
-                plain = not event.style and not (event.tag or "").startswith(_STANDARD)
-                scalar = Scalar(line, event.value, plain, _tag(event))
-                self.remember(event.anchor, scalar, 1)
-                self.add(scalar, 1)
-            case yaml.CollectionStartEvent():
-                if len(self.open) >= MAX_DEPTH:
-                    raise YamlError(self.origin, line, f"nested deeper than {MAX_DEPTH} levels")
-                if event.anchor is not None:
-                    self.anchors[event.anchor] = None
-                self.open.append(_Open(event, _tag(event)))
-            case yaml.CollectionEndEvent():
-                ended = self.open.pop()
-                node = self.finish(ended)
-                self.remember(ended.anchor, node, ended.size)
-                self.add(node, ended.size)
+        # By exact type, commonest first: this runs once for every value of the file.
+        kind = type(event)
+        if kind is yaml.ScalarEvent:
+            tag = event.tag
+            # libyaml's binding says "" and PyYAML itself None for a plain style.
+            plain = not event.style and (tag is None or not tag.startswith(_STANDARD))
+            scalar = Scalar(line, event.value, plain, _application_tag(tag) if tag else "")
+            self.remember(event.anchor, scalar, 1)
+            self.add(scalar, 1)
+        elif kind is yaml.MappingEndEvent or kind is yaml.SequenceEndEvent:
+            ended = self.open.pop()
+            node = self.finish(ended)
+            self.remember(ended.anchor, node, ended.size)
+            self.add(node, ended.size)
+        elif kind is yaml.MappingStartEvent or kind is yaml.SequenceStartEvent:
+            if len(self.open) >= MAX_DEPTH:
+                raise YamlError(self.origin, line, f"nested deeper than {MAX_DEPTH} levels")
+            if event.anchor is not None:
+                self.anchors[event.anchor] = None
+            self.open.append(_Open(event, _application_tag(event.tag) if event.tag else ""))
+        elif kind is yaml.AliasEvent:
+            known = self.anchors.get(event.anchor)
+            if known is None:
+                raise YamlError(
+                    self.origin, line, f"*{event.anchor} names no value that ended before it"
+                )
+            self.add(*known)
+        elif kind is yaml.DocumentStartEvent and self.root is not None:
+            raise YamlError(self.origin, line, "a second document begins here")
 
     def remember(self, anchor: str | None, node: Node, size: int) -> None:
         if anchor is not None:
@@ -160,9 +163,6 @@ def read_yaml(text: str, origin: str) -> Node:
     return builder.root
 
 
-def _tag(event: Any) -> str:
-    """The application's tag (`!Exact`), or "" for none and YAML's own types."""
-    tag: str | None = event.tag
-    if tag is None or tag == "!" or tag.startswith(_STANDARD):
-        return ""
-    return tag
+def _application_tag(tag: str) -> str:
+    """`tag` if it is the application's own (`!Exact`), "" for YAML's types and none."""
+    return "" if tag == "!" or tag.startswith(_STANDARD) else tag
