@@ -1,0 +1,1 @@
+"""Programs and steering on this kernel, in real network namespaces (marker root)."""
