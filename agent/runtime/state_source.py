@@ -22,9 +22,9 @@ from datetime import datetime
 from pathlib import Path
 
 import trio
-from meshbpf.agent.core.local_xds import parse_local_xds
 
 from meshbpf.agent.core.errors import ConfigError, MeshbpfError
+from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.logs import Log
