@@ -40,6 +40,10 @@ def compile_source(text: bytes, cflags: list[str], programs: list[str]) -> dict[
     module: Any = lib.bpf_module_create_c_from_string(text, 0, flags, len(flags), False, None)
     if not module:
         raise SystemExit(1)
+    # Not declared by bcc's own binding, whose default would cut the pointer.
+    lib.bpf_num_tables.argtypes = [ctypes.c_void_p]
+    lib.bpf_table_name.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    lib.bpf_table_name.restype = ctypes.c_char_p
     if lib.bpf_num_tables(module):
         name = lib.bpf_table_name(module, 0).decode()
         raise SystemExit(f"error: map '{name}' is declared in the source: name maps by number")
