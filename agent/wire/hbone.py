@@ -355,6 +355,9 @@ class HboneConnection:
 
     def _on_request(self, event: h2.events.RequestReceived) -> Iterator[Event]:
         stream_id = event.stream_id
+        if not self._server:
+            # To h2 HEADERS on a new even stream are a request, whoever we are.
+            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "the server opened a stream")
         self._highest_seen = max(self._highest_seen, stream_id)
         stream = _Stream(SendWindow(self._peer_initial_window))
         self._streams[stream_id] = stream
