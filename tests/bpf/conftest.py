@@ -27,8 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bpf-cache")
+def cache_dir(pytestconfig: pytest.Config) -> Path:
+    """Bytecode outlives the run: compiling takes some seconds, and an edit changes its key."""
+    assert pytestconfig.cache is not None
+    path = pytestconfig.cache.mkdir("meshbpf-bpf")
+    path.chmod(0o700)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -162,26 +162,29 @@ def _loop(listener: socket.socket, answer: object, stop: threading.Event) -> Non
     while not stop.is_set():
         try:
             sock, client = listener.accept()
-        except TimeoutError:
-            continue
         except OSError:
-            return
+            return  # shut down
         with sock, contextlib.suppress(OSError):
             sock.settimeout(2)
             answer(sock, client)
 
 
+def _end(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)  # wakes accept(), which close() does not
+    listener.close()
+
+
 @contextlib.contextmanager
 def _served(listener: socket.socket, answer: object) -> Iterator[None]:
     stop = threading.Event()
-    listener.settimeout(0.1)
     thread = threading.Thread(target=_loop, args=(listener, answer, stop), daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
-        listener.close()
+        _end(listener)
         thread.join(3)
 
 
@@ -238,7 +241,6 @@ class TinyAgent:
     def start(self) -> None:
         self.listeners = open_listeners(self.netns)
         for (role, _), sock in self.listeners.items():
-            sock.settimeout(0.1)
             self._run(_loop, sock, self._answer(role), self._stop)
         self.steering.beat(lease_s=self.lease_s)
         self._run(self._beat)
@@ -269,7 +271,7 @@ class TinyAgent:
         """End threads and listeners: what a dead agent leaves."""
         self._stop.set()
         for sock in self.listeners.values():
-            sock.close()
+            _end(sock)
         for thread in self._threads:
             thread.join(3)
 
