@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import click
 
@@ -34,12 +34,14 @@ def view(status: StatusResult) -> str:
     if status.warnings:
         blocks.append("\n".join(["warnings:", *(line(f"  {text}") for text in status.warnings)]))
     if status.statistics:
-        counters = (
-            (f"  {part}", " ".join(f"{name}={_number(value)}" for name, value in values.items()))
-            for part, values in sorted(status.statistics.items())
-        )
-        blocks.append("counters:\n" + facts(counters))
+        blocks.append("counters (zeros left out):\n" + facts(_counters(status.statistics)))
     return "\n\n".join(blocks)
+
+
+def _counters(parts: Mapping[str, Mapping[str, int | float]]) -> Iterator[tuple[str, CellLike]]:
+    for part, values in sorted(parts.items()):
+        counted = " ".join(f"{name}={_number(value)}" for name, value in values.items() if value)
+        yield f"  {part}", counted
 
 
 def _facts(status: StatusResult) -> Iterator[tuple[str, CellLike]]:
@@ -76,6 +78,8 @@ def _facts(status: StatusResult) -> Iterator[tuple[str, CellLike]]:
 
 def _capture(status: StatusResult) -> str:
     capture = status.capture
+    if not capture.in_force:
+        return f"none yet, asked for {capture.requested}"
     text = f"{capture.in_force}, asked for {capture.requested}"
     return f"{text}: {capture.reason}" if capture.reason else text
 

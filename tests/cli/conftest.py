@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from tests.cli.samples import NOW
 
 GOLDEN = Path(__file__).parent / "golden"
 NOBODY = 65534
+LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\dT.*\n", re.MULTILINE)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users: needs root")
 COMMAND = Path(sys.executable).with_name("meshbpf")
 
@@ -103,7 +105,7 @@ def fails(meshbpf: Any, golden: Any, tmp_path: Path) -> Any:
 
     def check(name: str, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
         ran = meshbpf(*(a.replace("STATE", str(tmp_path)) for a in arguments), prefix=prefix)
-        text = ran.stderr.replace(str(tmp_path), "STATE")
+        text = LOG_LINE.sub("", ran.stderr).replace(str(tmp_path), "STATE")
         assert "Traceback" not in ran.stderr, ran.stderr
         assert ran.stdout == ""
         golden(f"errors/{name}", f"$ meshbpf {' '.join(arguments)}\n{text}[exit {ran.status}]\n")
