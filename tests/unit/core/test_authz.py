@@ -201,6 +201,12 @@ def test_dry_run_allow_does_not_make_allowing_necessary() -> None:
     assert decision.dry_run == ("default/p would allow",)
 
 
+def test_dry_run_allow_that_fails_is_no_news_beside_an_enforced_one() -> None:
+    decision = authorize([allow(NOBODY, dry_run=True), allow((), name="real")], FACTS)
+    assert decision.allowed
+    assert decision.dry_run == ()
+
+
 @pytest.mark.parametrize(("action", "allowed"), [(deny, False), (allow, False)])
 def test_inexpressible_policy_fails_closed(action: Any, allowed: bool) -> None:
     decision = authorize([action((), inexpressible="a field of tomorrow")], FACTS)
