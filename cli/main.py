@@ -19,13 +19,12 @@ from meshbpf import __version__
 from meshbpf.agent.core.errors import Exit, MeshbpfError
 from meshbpf.cli.failure import asked_format, from_click, report
 from meshbpf.cli.lazy import Entry, LazyGroup
-from meshbpf.cli.options import common_options
+from meshbpf.cli.options import COMPLETION_VARIABLE, common_options
 
 PROGRAM = "meshbpf"
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output went away
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-_COMPLETION = "_MESHBPF_COMPLETE"
 
 
 def _entry(name: str, summary: str) -> tuple[str, Entry]:
@@ -45,6 +44,7 @@ COMMANDS = dict(
         _entry("connections", "List the connections that the agent carries."),
         _entry("check", "Say what this machine can do, and what it lacks."),
         _entry("ca", "Create, import or show the embedded CA."),
+        _entry("completion", "Print a shell's completion script."),
         _entry("version", "Show the versions of the command and the agent."),
     ]
 )
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # A locale without Unicode shows escapes, where it would show a traceback.
             stream.reconfigure(errors="backslashreplace")
-    if _COMPLETION in os.environ:
-        cli.main(given, prog_name=PROGRAM, complete_var=_COMPLETION)
+    if COMPLETION_VARIABLE in os.environ:
+        cli.main(given, prog_name=PROGRAM, complete_var=COMPLETION_VARIABLE)
     try:
         # Not click's own main(), which ends with status 1 when a pipe breaks: of
         # `status` that would mean "not ready".

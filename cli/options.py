@@ -25,9 +25,14 @@ from meshbpf.agent.config import (
     parse_duration_s,
     parse_ports,
 )
-from meshbpf.agent.core.errors import ConfigError, PrivilegeError
+from meshbpf.agent.core.errors import ConfigError, MeshbpfError, PrivilegeError
 from meshbpf.cli.failure import CommandUsageError
 from meshbpf.cli.output import Format
+
+COMPLETION_VARIABLE = "_MESHBPF_COMPLETE"
+"""What a shell sets to ask this command for completions, by click's rule."""
+
+COMPLETION_TIMEOUT_S = 0.5  # a person waits for it with the finger on the key
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -124,10 +129,33 @@ def pod_key(text: str, namespace: str | None) -> str:
 ON_AGENT_DOWN = click.Choice(["closed", "open"])
 
 
+def known_pods(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """Completions of a pod's name, from the agent; none while no agent answers."""
+    from meshbpf.agent.api import PodsRequest, WorkloadsRequest
+    from meshbpf.agent.api_client import call
+
+    state_dir = ctx.ensure_object(Session).state_dir
+    try:
+        if ctx.info_name == "attach":
+            mesh = call(state_dir, WorkloadsRequest(), timeout_s=COMPLETION_TIMEOUT_S)
+            names = [f"{one.namespace}/{one.name}" for one in mesh.workloads]
+        else:
+            steered = call(state_dir, PodsRequest(), timeout_s=COMPLETION_TIMEOUT_S)
+            names = [pod.pod for pod in steered.pods]
+    except MeshbpfError:
+        # A shell that completes has no place for messages: offering nothing is the answer.
+        return []
+    return [name for name in names if name.startswith(incomplete) and name.isprintable()]
+
+
 def pod_option(function: F) -> F:
     """`--pod`: required, and to be read with `pod_key`."""
     return click.option(
-        "--pod", required=True, metavar="NS/NAME", help="The pod; also NAME.NS, or NAME with -n NS."
+        "--pod",
+        required=True,
+        metavar="NS/NAME",
+        shell_complete=known_pods,
+        help="The pod; also NAME.NS, or NAME with -n NS.",
     )(function)
 
 

@@ -11,6 +11,7 @@ from meshbpf.cli.client import ask
 from meshbpf.cli.options import (
     Session,
     common_options,
+    known_pods,
     only_namespace_option,
     pass_session,
     pod_key,
@@ -21,7 +22,7 @@ from meshbpf.cli.units import duration, size
 
 
 @click.command("connections", short_help="List the connections that the agent carries.")
-@click.option("--pod", metavar="NS/NAME", help="Only those of this pod.")
+@click.option("--pod", metavar="NS/NAME", shell_complete=known_pods, help="Only those of this pod.")
 @only_namespace_option
 @click.option("--direction", type=click.Choice(["outbound", "inbound"]), help="Only this way.")
 @click.option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,15 +169,45 @@ def test_what_cannot_name_a_pod_is_wrong_usage(text: str, namespace: str | None)
         pod_key(text, namespace)
 
 
-def test_completion_offers_commands_without_importing_them(tmp_path: Path) -> None:
+def completions(*words: str | Path) -> list[str]:
+    """What the shell is offered for the last word."""
     env = {
         **os.environ,
         "_MESHBPF_COMPLETE": "bash_complete",
-        "COMP_WORDS": "meshbpf sta",
-        "COMP_CWORD": "1",
+        "COMP_WORDS": " ".join(map(str, words)),
+        "COMP_CWORD": str(len(words) - 1),
     }
     done = subprocess.run([COMMAND], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout == "plain,status\n"
+    assert done.stderr == ""
+    return [line.removeprefix("plain,") for line in done.stdout.split()]
+
+
+def test_completion_offers_verbs_options_and_values() -> None:
+    assert completions("meshbpf", "sta") == ["status"]
+    assert completions("meshbpf", "ca", "i") == ["import", "init"]
+    assert completions("meshbpf", "attach", "--exempt-p") == ["--exempt-port"]
+    assert completions("meshbpf", "-o", "j") == ["json"]
+
+
+def test_completion_asks_the_agent_for_pods(agent: Any, tmp_path: Path) -> None:
+    agent(pods=samples.PODS, workloads=samples.WORKLOADS)
+    before = ("meshbpf", "--state-dir", tmp_path)
+    assert completions(*before, "detach", "--pod", "d") == ["default/web"]
+    assert completions(*before, "attach", "--pod", "") == ["default/web"]
+    assert completions(*before, "connections", "--pod", "sh") == ["shop/db-0"]
+
+
+def test_completion_offers_no_pod_while_no_agent_runs(tmp_path: Path) -> None:
+    assert completions("meshbpf", "--state-dir", tmp_path, "detach", "--pod", "") == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_is_what_the_shell_accepts(meshbpf: Any, shell: str) -> None:
+    script = meshbpf("completion", shell).stdout
+    assert "_MESHBPF_COMPLETE" in script
+    program = shutil.which(shell)
+    if program is not None:
+        subprocess.run([program, "-n"], input=script, text=True, check=True)
 
 
 @pytest.mark.parametrize("where", ["--help", "status"])

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbpf.cli.escape import ascii_json, printable
@@ -28,6 +28,7 @@ def test_printable_leaves_readable_text_alone(text: str) -> None:
     assert printable(text) == text
 
 
+@settings(max_examples=40)
 @given(st.recursive(st.text(), lambda inner: st.dictionaries(st.text(), inner)))
 def test_json_and_yaml_are_ascii_and_mean_what_went_in(value: object) -> None:
     content = {"value": value}
