@@ -19,7 +19,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import yaml
 
@@ -36,6 +36,7 @@ PROBE_SOURCES = {
     "iptables": "169.254.7.127/32",
     "ip6tables": "fd16:9254:7127:1337:ffff:ffff:ffff:ffff/128",
 }
+STRING_MATCHES = {"Exact", "Prefix", "Suffix", "Presence"}
 LOOPBACKS = {"iptables": "127.0.0.1/32", "ip6tables": "::1/128"}
 
 
@@ -116,7 +117,10 @@ class Ztunnel:
         argv = ["env", *assignments, str(self.build.binary)]
         name, netns = f"ztunnel{self.node}", self.bed.node_netns(self.node)
         self._program = Program(self.bed.directory, name, netns, argv)
-        self._zds.meet()
+        try:
+            self._zds.meet()
+        except TimeoutError as error:
+            raise BedError(f"{name} does not connect:\n{self.program.tail()}") from error
         eventually(f"{name} is ready", self._ready, READY_LIMIT_S)
 
     def attach(self, pod: Pod) -> None:
@@ -153,15 +157,17 @@ class Ztunnel:
         self.bed.run(pod.netns, [f"{command}-restore", "--noflush", str(rules)])
 
     def _write_mesh(self) -> Path:
-        """The testbed's mesh, each workload with the trust domain that ztunnel insists on.
+        """The testbed's mesh, in the two ways spelt out that ztunnel insists on.
 
-        Without one in the file its identities come out as spiffe:///ns/...
+        A workload without a trust domain would be spiffe:///ns/... to it, and a
+        string match must be a YAML tag (`!Exact text`), where we take a map as well.
         """
         mesh = yaml.safe_load(self.bed.mesh_file.read_text())
         for workload in mesh["workloads"]:
             workload.setdefault("trustDomain", TRUST_DOMAIN)
+        mesh["policies"] = _with_tags(mesh["policies"])
         path = self.bed.directory / f"ztunnel{self.node}.yaml"
-        path.write_text(yaml.safe_dump(mesh, sort_keys=False))
+        path.write_text(yaml.dump(mesh, Dumper=_Dumper, sort_keys=False))
         return path
 
     def _ready(self) -> bool:
@@ -181,6 +187,36 @@ class Ztunnel:
             return connection.getresponse().status == 200
         finally:
             connection.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _StringMatch:
+    kind: str
+    text: Any
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a _StringMatch as a tagged value."""
+
+
+def _represent(dumper: _Dumper, match: _StringMatch) -> yaml.Node:
+    if match.kind == "Presence":
+        return dumper.represent_sequence("!Presence", [])
+    return dumper.represent_scalar(f"!{match.kind}", match.text)
+
+
+_Dumper.add_representer(_StringMatch, _represent)
+
+
+def _with_tags(value: Any) -> Any:
+    """The same with each {"Exact": text} and its like as a _StringMatch."""
+    if isinstance(value, list):
+        return [_with_tags(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1 and (kind := next(iter(value))) in STRING_MATCHES:
+        return _StringMatch(kind, value[kind])
+    return {key: _with_tags(each) for key, each in value.items()}
 
 
 def capture_rules(command: str) -> str:
