@@ -26,7 +26,7 @@ def command(session: Session, namespace: str | None) -> None:
 
 
 def view(result: ServicesResult) -> str:
-    """One service a line; ports as `80->8080`, or `80` where each endpoint names its own."""
+    """One service a line; ports as `80->8080`, `80` for 80->80, `80->*` by each endpoint's word."""
     return table(
         ("NAMESPACE", "NAME", "HOSTNAME", "VIPS", "PORTS", "ENDPOINTS"),
         (
@@ -44,4 +44,6 @@ def view(result: ServicesResult) -> str:
 
 
 def _port(port: ServicePortInfo) -> str:
-    return f"{port.port}->{port.target}" if port.target else str(port.port)
+    if port.target == port.port:
+        return str(port.port)
+    return f"{port.port}->{port.target or '*'}"

@@ -168,6 +168,7 @@ SERVICES = api.ServicesResult(
             vips=("198.18.100.1", "fd00:6d62:100::1"),
             ports=(
                 api.ServicePortInfo(port=80, target=8080),
+                api.ServicePortInfo(port=443, target=443),
                 api.ServicePortInfo(port=9000, target=0),
             ),
             endpoints=("cluster1//v1/Pod/default/web", "cluster1//v1/Pod/default/web2"),
