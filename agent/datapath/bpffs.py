@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from meshbpf.agent.core.errors import Exit, MeshbpfError
+from meshbpf.agent.datapath import probes
 from meshbpf.agent.datapath.mounts import Mount, mounted_at, mounts_of
 
 MOUNT_POINT: Final = Path("/sys/fs/bpf")
@@ -42,7 +43,12 @@ class BpffsError(MeshbpfError):
 
 
 def ensure(mount_point: Path = MOUNT_POINT) -> None:
-    """Mount bpffs if it is missing. BpffsError when pins in it would not outlive this process."""
+    """Mount bpffs if it is missing. BpffsError when pins in it would not outlive this process.
+
+    BpfError where bpf(2) is missing or forbidden: without it the mount would
+    fail for reasons that say less.
+    """
+    probes.bpf_call()
     ours = mounts_of()
     if _check(ours, mount_point):
         return

@@ -95,6 +95,15 @@ def test_ip_netns_exec_is_refused(netns: str) -> None:
 
 
 @pytest.mark.root
+def test_without_root_or_bpf_the_refusal_is_about_that() -> None:
+    nobody = _say("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    assert nobody.startswith("bpf-")
+    assert "needs root" in nobody
+    without = _say(sys.executable, "-m", "tests.progs.without_bpf")
+    assert "CONFIG_BPF_SYSCALL" in without
+
+
+@pytest.mark.root
 def test_nsenter_net_is_fine(netns: str) -> None:
     ensure()
     assert _say("nsenter", f"--net=/run/netns/{netns}") == "lasting\n"
