@@ -98,7 +98,7 @@ class Agent:
         if self.running:
             raise BedError(f"the agent of node{self.node} runs already")
         self.options = options
-        _copy_bytecode(BYTECODE_DIR, self.state_dir / "cache")
+        copy_bytecode(BYTECODE_DIR, self.state_dir / "cache")
         argv = [str(MESHBPF), "run", "--node", f"node{self.node}"]
         argv += ["--state-dir", str(self.state_dir), "--ca-dir", str(self.bed.ca_dir)]
         argv += ["--local-xds", str(self.bed.mesh_file), *options]
@@ -112,7 +112,7 @@ class Agent:
             if time.monotonic() > deadline:
                 raise BedError(f"node{self.node} not ready in {limit_s} s:\n{self.program.tail()}")
             time.sleep(0.1)
-        _copy_bytecode(self.state_dir / "cache", BYTECODE_DIR)
+        copy_bytecode(self.state_dir / "cache", BYTECODE_DIR)
 
     def cli(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """`meshbpf --state-dir DIR argv...` in the node; BedError when it fails."""
@@ -510,7 +510,7 @@ def _lock(path: Path) -> int:
     return fd
 
 
-def _copy_bytecode(source: Path, target: Path) -> None:
+def copy_bytecode(source: Path, target: Path) -> None:
     """Entries of the agent's compile cache, each named by a hash of all that it was made from.
 
     An agent with a new state directory would compile for seconds; a suite

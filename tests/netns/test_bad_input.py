@@ -15,7 +15,7 @@ from meshbpf.agent.api import StatusRequest
 from tests.netns.talk import passes
 from tests.progs.inside import socket_inside
 from tests.progs.program import eventually
-from tests.testbed import MESHBPF, Testbed
+from tests.testbed import BYTECODE_DIR, MESHBPF, Testbed, copy_bytecode
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
@@ -118,6 +118,7 @@ def test_a_readiness_port_in_use_is_named(half: Testbed, options: dict[str, str]
 
 
 def test_a_kernel_without_bpf_is_named(half: Testbed, options: dict[str, str]) -> None:
+    copy_bytecode(BYTECODE_DIR, Path(options["--state-dir"], "cache"))
     argv = [sys.executable, "-m", "tests.progs.without_bpf", *run(options)]
     fails(half, argv, 1, "BPF")
 
@@ -151,7 +152,7 @@ def test_an_unreadable_mesh_file_is_named(half: Testbed, options: dict[str, str]
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("workloads: [", ("mesh.yaml:1",)),
+        ("workloads:\n- name: [a\n  b: c\n", ("mesh.yaml:3",)),
         ("workloads:\n- name: a\n  nonsense: 1\n", ("mesh.yaml:3", "nonsense")),
         (
             "workloads:\n- name: a\n  namespace: x\n  services: {}\n  workloadIps: [10.0.0.x]\n",

@@ -46,7 +46,9 @@ class Target:
         sock = socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP if self.mptcp else 0)
         sock.settimeout(self.timeout_s)
         if self.mark:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self.mark)
+            # As bytes: the option is unsigned, Python's integer argument is not.
+            mark = self.mark.to_bytes(4, sys.byteorder)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         sock.connect((address, self.port))
         return sock
 

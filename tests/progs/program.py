@@ -62,6 +62,8 @@ class Program:
         self.name, self.netns = name, netns
         self.log = directory / f"{name}.log"
         with self.log.open("ab") as log:
+            # What an earlier process of this name has said is not ours.
+            self._offset = log.tell()
             self.process = subprocess.Popen(
                 ["nsenter", f"--net={NETNS_DIR / netns}", *argv],
                 stdin=subprocess.DEVNULL,
@@ -88,7 +90,7 @@ class Program:
     ) -> list[dict[str, Any]]:
         """The JSON lines so far, with that event and those values, after the mark `since`."""
         found = []
-        for line in self.log.read_text().splitlines():
+        for line in self.log.read_bytes()[self._offset :].decode().splitlines():
             if line.startswith("{"):
                 with contextlib.suppress(ValueError):  # a line still being written
                     found.append(json.loads(line))
