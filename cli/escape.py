@@ -9,13 +9,11 @@ through here; nothing else in the package writes foreign text.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 
 # Cc controls, Cf formats (bidi, zero width), Cs surrogates (undecodable bytes of
 # a file name), Co private, Cn unassigned, Zl and Zp line separators.
 _HARMFUL = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-_NOT_ASCII = re.compile(r"[\x7f-\U0010ffff]")
 
 
 def _escaped(char: str) -> str:
@@ -30,20 +28,3 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_escaped(c) if unicodedata.category(c) in _HARMFUL else c for c in text)
-
-
-def ascii_json(text: str) -> str:
-    r"""JSON text with each character outside ASCII written as ``\uXXXX``.
-
-    JSON allows non-ASCII characters in strings only, so the meaning is unchanged; C0
-    controls are escaped by the encoder already. Pairs of surrogates above U+FFFF.
-    """
-
-    def unit(match: re.Match[str]) -> str:
-        point = ord(match.group())
-        if point < 0x10000:
-            return f"\\u{point:04x}"
-        high, low = divmod(point - 0x10000, 0x400)
-        return f"\\u{0xD800 + high:04x}\\u{0xDC00 + low:04x}"
-
-    return _NOT_ASCII.sub(unit, text)

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from meshbpf.cli.escape import ascii_json, printable
+from meshbpf.cli.escape import printable
 
 if TYPE_CHECKING:
     import msgspec
 
-# msgspec, PyYAML and the schema are imported where they are used: `--help` and
+# msgspec, json, PyYAML and the schema are imported where they are used: `--help` and
 # completion need none of them.
 
 
@@ -52,10 +52,9 @@ def machine(form: Format, content: dict[str, Any]) -> str:
     the C1 range and bidirectional overrides through.
     """
     if form is Format.JSON:
-        import msgspec
+        import json
 
-        text = msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
-        return ascii_json(text)
+        return json.dumps(content, indent=2, ensure_ascii=True)
     import yaml
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
