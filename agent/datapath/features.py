@@ -68,7 +68,7 @@ _PROBES = (
         "socket storage",
         probes.socket_storage,
         True,
-        (5, 2),
+        (5, 10),  # 5.2 had it for TC; the connect hook came later, by this release
         "the agent's own sockets cannot be told from the pod's",
     ),
     _Probe("shared arrays", probes.shared_array, True, (5, 5), "no heartbeat for the hooks"),
