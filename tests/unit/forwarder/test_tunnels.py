@@ -1,0 +1,216 @@
+"""The pool, and the life and death of tunnels."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+import pytest
+import trio
+from OpenSSL import SSL
+
+from meshbpf.agent.runtime import tunnel as tunnel_module
+from meshbpf.agent.runtime.tunnel import Tunnel
+from tests.unit.forwarder.rig import CLIENT, CLIENT_2, HBONE_VIP, SERVER, Rig, expect_reset
+
+pytestmark = pytest.mark.root
+
+
+async def exchange(rig: Rig, listener: trio.SocketListener) -> None:
+    """One short connection from beginning to end."""
+    async with rig.joined(listener) as (client, app):
+        await client.send_all(b"ping")
+        assert await app.receive_some(100) == b"ping"
+        await app.send_eof()
+        assert await client.receive_some(100) == b""
+        await client.send_eof()
+        assert await app.receive_some(100) == b""
+
+
+async def settled(condition: Callable[[], bool], within_s: float = 2.0) -> None:
+    with trio.fail_after(within_s):
+        while not condition():  # noqa: ASYNC110 - nothing announces what is waited for
+            await trio.sleep(0.01)
+
+
+async def test_connections_of_one_pod_share_a_tunnel(rig: Rig) -> None:
+    async with rig.listen() as listener:
+        for _ in range(5):
+            await exchange(rig, listener)
+    pool = rig.client.pod.pool.statistics()
+    assert (pool.tunnels, pool.dialed, pool.reused) == (1, 1, 4)
+
+
+async def test_another_source_address_has_its_own_tunnel(rig: Rig) -> None:
+    async with (
+        rig.listen() as listener,
+        rig.joined(listener, source=CLIENT),
+        rig.joined(listener, source=CLIENT_2),
+    ):
+        seen = {str(each.source.ip) for each in rig.server.connections.list()}
+        assert seen == {CLIENT, CLIENT_2}
+        assert rig.client.pod.pool.statistics().dialed == 2
+
+
+async def test_many_at_once_wait_for_one_dial_and_a_hundred_share_it(rig: Rig) -> None:
+    async with rig.listen(backlog=300) as listener, AsyncExitStack() as stack:
+        async with trio.open_nursery() as nursery:
+
+            async def one() -> None:
+                await stack.enter_async_context(await rig.dial())
+
+            for _ in range(150):
+                nursery.start_soon(one)
+        with trio.fail_after(20):
+            for _ in range(150):
+                await stack.enter_async_context(await listener.accept())
+        assert rig.client.pod.pool.statistics().dialed == 2
+        assert len(rig.server.connections.list()) == 150
+    # The first tunnel was full and left the pool: it ends with its streams.
+    await settled(lambda: _tunnels() == 2)
+
+
+async def test_a_failed_dial_fails_all_who_waited_for_it(rig: Rig) -> None:
+    rig.server.scope.cancel()
+    await rig.server.ended.wait()
+    for listener in rig.server.listeners.values():
+        listener.close()
+    clients = [await rig.dial() for _ in range(20)]
+    for client in clients:
+        async with client:
+            await expect_reset(client)
+
+
+async def test_an_idle_tunnel_is_closed_and_a_busy_one_is_not(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel_module, "PING_INTERVAL_S", 0.05)
+    monkeypatch.setattr(tunnel_module, "IDLE_LIMIT_S", 0.2)
+    async with rig.listen() as listener:
+        async with rig.joined(listener):
+            await trio.sleep(0.5)
+            assert rig.client.pod.pool.statistics().tunnels == 1
+        await settled(lambda: rig.client.pod.pool.statistics().tunnels == 0)
+        await settled(lambda: _tunnels() == 0)
+        await exchange(rig, listener)
+
+
+async def test_a_peer_that_falls_silent_ends_the_tunnel(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel_module, "PING_INTERVAL_S", 0.1)
+    monkeypatch.setattr(tunnel_module, "PING_TIMEOUT_S", 0.3)
+    async with rig.joined() as (client, _app):
+        (theirs,) = [each for each in _live_tunnels() if each._server]
+        # The peer's process hangs: its kernel still takes the bytes.
+        monkeypatch.setattr(theirs, "_process", lambda: None)
+        monkeypatch.setattr(theirs, "_send_control", lambda: None)
+        await expect_reset(client, within_s=3)
+
+
+async def test_the_end_of_a_forwarder_reaches_all_peers_within_two_seconds(rig: Rig) -> None:
+    async with rig.joined() as (client, app):
+        rig.server.scope.cancel()
+        with trio.fail_after(2):
+            await rig.server.ended.wait()
+            await expect_reset(client)
+            await expect_reset(app)
+
+
+async def test_the_end_of_the_clients_forwarder_reaches_the_app(rig: Rig) -> None:
+    async with rig.joined() as (client, app):
+        rig.client.scope.cancel()
+        await expect_reset(app)
+        await expect_reset(client)
+
+
+async def test_a_renewed_certificate_serves_new_tunnels_while_old_ones_go_on(rig: Rig) -> None:
+    async with rig.listen() as listener, rig.joined(listener) as (client, app):
+        before = _server_contexts()
+        rig.identities.renew()
+        async with rig.joined(listener, source=CLIENT_2):
+            assert len(before) == 1
+            assert len(_server_contexts()) == 2
+            assert before < _server_contexts()
+        await client.send_all(b"old but alive")
+        assert await app.receive_some(100) == b"old but alive"
+
+
+async def test_connections_leave_no_descriptor_task_or_record_behind(rig: Rig) -> None:
+    async with rig.listen() as listener:
+        await exchange(rig, listener)
+        await trio.sleep(0.1)
+        before = _footprint()
+        for _ in range(100):
+            await exchange(rig, listener)
+            async with await rig.dial(port=81) as refused:
+                await expect_reset(refused)
+        await settled(lambda: _footprint() == before)
+    assert rig.client.connections.list() == []
+    assert rig.server.connections.list() == []
+
+
+async def test_running_out_of_descriptors_delays_and_breaks_nothing(rig: Rig) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with rig.listen() as listener:
+        await exchange(rig, listener)
+        socks = [rig.client.netns.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(3)]
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (_first_free_descriptor(), hard))
+            for sock in socks:
+                sock.bind((CLIENT, 0))
+                sock.connect((HBONE_VIP, 8080))
+            await trio.sleep(0.3)
+            assert rig.client.forwarder.statistics().accept_failures > 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with trio.fail_after(3):
+            for sock in socks:
+                await (await listener.accept()).aclose()
+                sock.close()
+        await exchange(rig, listener)
+
+
+async def test_garbage_at_the_hbone_port_ends_only_itself(rig: Rig) -> None:
+    async with rig.joined() as (client, app):
+        for garbage in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            os.urandom(300),
+            b"\x16\x03\x01\x02\x00" + bytes(512),
+        ):
+            raw = rig.client.netns.socket(2, 1)
+            with raw:
+                raw.bind((CLIENT, 0))
+                raw.connect((SERVER, 15008))
+                raw.sendall(garbage)
+                await trio.sleep(0.05)
+        await client.send_all(b"alive")
+        assert await app.receive_some(100) == b"alive"
+
+
+def _live_tunnels() -> list[Tunnel]:
+    return [each for each in gc.get_objects() if isinstance(each, Tunnel) and not each.closed]
+
+
+def _tunnels() -> int:
+    return len(_live_tunnels())
+
+
+def _server_contexts() -> set[SSL.Context]:
+    tunnels = [each for each in _live_tunnels() if each._server]
+    return {each._channel._connection.get_context() for each in tunnels}
+
+
+def _footprint() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), trio.lowlevel.current_statistics().tasks_living
+
+
+def _first_free_descriptor() -> int:
+    """With this as the limit, the process can open nothing more."""
+    probe = os.dup(0)
+    os.close(probe)
+    return probe
