@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 from hyperframe import frame as hf
@@ -107,12 +108,11 @@ def test_garbage_is_a_peer_error_or_frames_and_nothing_else(
 ) -> None:
     fresh = FrameSplitter(server=server, max_frame_bytes=MAX_FRAME_BYTES)
     start = PREFACE if server else b""
-    try:
+    # Anything but PeerError is the crash that this looks for.
+    with contextlib.suppress(PeerError):
         for piece in pieces_of(start + hf.SettingsFrame(0).serialize() + garbage, sizes):
             for item in fresh.feed(memoryview(piece)):
                 assert isinstance(item, (Frame, Data))
-    except PeerError as error:
-        assert error.what
 
 
 @given(st.integers(0, 2**24 - 1), st.sampled_from([0, 1, 3, 9]), stream_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -119,20 +120,19 @@ def refused_by_server(tls: WorkloadTls, client: SSL.Context) -> str:
     server = server_channel(tls)
     raw = SSL.Connection(client, None)
     raw.set_connect_state()
-    with pytest.raises(TlsError) as refusal:
-        for _ in range(10):
-            try:
-                raw.do_handshake()
-            except SSL.WantReadError:
-                pass
-            server.receive(memoryview(raw.bio_read(65536)))
-            server.handshake()
-            raw.bio_write(server.take())
-    raw.bio_write(server.take())
+    refusal = ""
+    while not refusal:
+        with contextlib.suppress(SSL.WantReadError):
+            raw.do_handshake()
+        server.receive(memoryview(raw.bio_read(65536)))
+        try:
+            assert not server.handshake(), "the server accepted"
+        except TlsError as error:
+            refusal = error.what
+        raw.bio_write(server.take())
     with pytest.raises(SSL.Error, match="alert"):
-        raw.do_handshake()
         raw.recv(1)
-    return refusal.value.what
+    return refusal
 
 
 def test_both_sides_learn_who_the_other_is(authority: Authority) -> None:
@@ -158,7 +158,7 @@ def test_a_client_takes_any_one_of_the_allowed_ids(authority: Authority) -> None
 
 def test_a_client_refuses_a_server_with_another_id(authority: Authority) -> None:
     client, server = client_channel(authority.tls(WEB), WEB), server_channel(authority.tls(DB))
-    with pytest.raises(TlsError, match="the peer is spiffe://cluster.local/ns/db/sa/db, expected"):
+    with pytest.raises(TlsError, match=r"the peer is spiffe:.*/ns/db/sa/db, expected"):
         connect(client, server)
 
 
@@ -262,11 +262,9 @@ def test_a_session_is_never_resumed(authority: Authority) -> None:
         raw.set_connect_state()
         done = False
         while not done:
-            try:
+            with contextlib.suppress(SSL.WantReadError):
                 raw.do_handshake()
                 done = True
-            except SSL.WantReadError:
-                pass
             server.receive(memoryview(raw.bio_read(65536)))
             server.handshake()
             raw.bio_write(server.take())
