@@ -149,14 +149,21 @@ class Outbound:
 
         stream = await self._pod.pool.open(key, dial, request)
         try:
-            stream.bind(live.scope, taken_from_app=live.sent, sent_to_app=live.received)
             answer = await stream.wait_response()
+            if answer is None and not stream.tunnel.usable:
+                # The tunnel had died unnoticed, most often because its pod went
+                # and a new one has the address: what we sent brought the RST.
+                # No byte of the app's has been read, so ask on a new tunnel.
+                stream.abandon()
+                stream = await self._pod.pool.open(key, dial, request)
+                answer = await stream.wait_response()
             if answer is None:
                 raise WireError("stream-failed", f"{route.gateway}: {stream.failure}")
             if answer.status != 200:
                 raise WireError(
                     f"status-{answer.status}", f"{route.gateway} answered {answer.status}"
                 )
+            stream.bind(live.scope, taken_from_app=live.sent, sent_to_app=live.received)
             live.destination_identity = stream.tunnel.peer
             live.opened(route.gateway)
             await stream.relay(app)
