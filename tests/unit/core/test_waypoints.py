@@ -131,6 +131,16 @@ def test_unusable_waypoint_is_never_gone_round(reference: str, records: Any) -> 
         assert reference in route.reason
 
 
+def test_address_that_a_workload_has_too_counts_as_the_workloads() -> None:
+    """The service still picks the endpoint; its waypoint is for those who addressed it alone."""
+    web = service("web", "10.0.0.2", waypoint=gateway("default/gone"))
+    backend = pod("a", "10.0.0.2", services={"web": {}}, waypoint=gateway("default/wp.local"))
+    route = go("10.0.0.2:80", web, backend)
+    assert isinstance(route, HboneRoute)
+    assert str(route.gateway) == "10.0.2.1:15008"
+    assert route.authority == "10.0.0.2:80"
+
+
 def test_weighted_waypoints_share_connections_by_weight() -> None:
     other = pod("wp2", "10.0.2.2")
     web = service(
