@@ -78,6 +78,7 @@ class Settings:
     ca_dir: Path
     local_xds: Path
     trust_domain: str = "cluster.local"
+    """Of pods that the mesh state does not name; by default the CA's own."""
     network: str = ""
     capture: CaptureName = "auto"
     on_agent_down: OnAgentDownName = "closed"

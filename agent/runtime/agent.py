@@ -24,12 +24,13 @@ from meshbpf.agent.datapath.steering import Capture, Steering
 from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_now
 from meshbpf.agent.runtime.connections import ConnectionRegistry
-from meshbpf.agent.runtime.control import ControlServer, counters, error_body
+from meshbpf.agent.runtime.control import ControlServer, counters, error_body, summed
 from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.mesh import LiveMesh
-from meshbpf.agent.runtime.pods import Pod, PodManager
+from meshbpf.agent.runtime.pod import Pod
+from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.readiness import Readiness
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.state_source import LocalXdsSource
@@ -68,6 +69,7 @@ class Agent:
         self._running = trio.Event()
         self._steering: Steering | None = None
         self._heartbeat: Heartbeat | None = None
+        self._forwarder: Forwarder | None = None
         self.pods: PodManager | None = None
         self.readiness = Readiness("bpf", "certificates", "heartbeat", "mesh-state", "pods")
         self._mesh = LiveMesh(self._datapath_lock)
@@ -88,13 +90,14 @@ class Agent:
         self._mesh.steer_with(steering.set_mesh)
         await self._mesh.apply(state)
         self.readiness.done("mesh-state")
+        self._forwarder = Forwarder(self._mesh.current, self._certificates, self._connections)
         self.pods = pods = PodManager(
             settings,
             self._state_dir.attachments,
             steering=steering,
             datapath_lock=self._datapath_lock,
             certificates=self._certificates,
-            server=Forwarder(self._mesh.current, self._certificates, self._connections),
+            server=self._forwarder,
             mesh=self._mesh.current,
             nursery=self._nursery,
         )
@@ -104,8 +107,6 @@ class Agent:
         await pods.restore()
         self.readiness.done("pods")
         self._mesh.on_change(self._mesh_changed)
-        await self._first_certificates(pods)
-        self.readiness.done("certificates")
         self._heartbeat = heartbeat = Heartbeat(
             steering, lease_s=settings.lease_s, source_healthy=lambda: self._source.healthy
         )
@@ -114,6 +115,8 @@ class Agent:
         self.readiness.done("heartbeat")
         self.readiness.require("heartbeat", lambda: heartbeat.beating)
         self._running.set()
+        await self._first_certificates(pods)
+        self.readiness.done("certificates")
 
     async def watch(self) -> None:
         """Follow the mesh state and the pods' namespaces, until cancelled."""
@@ -289,6 +292,9 @@ class Agent:
 
     def _warnings(self, failed: list[Pod]) -> list[str]:
         found = [f"pod {pod.key}: {pod.reason}" for pod in failed]
+        for pod in self._all_pods():
+            if pod.kernel is not None:
+                found.extend(f"pod {pod.key}: {why}" for why in pod.kernel.host_skipped)
         if self._source.error is not None:
             found.append(f"mesh state: {self._source.error.what}")
         for cert in self._certificates.describe().certs:
@@ -314,4 +320,8 @@ class Agent:
             steering = self._steering.statistics()
             found["steering"] = counters(steering)
             found["decisions"] = dict(steering.decisions)
+        if self._forwarder is not None:
+            forwarder = self._forwarder.statistics()
+            found["forwarder"] = counters(forwarder)
+            found["tunnels"] = summed(map(counters, forwarder.pools.values()))
         return found

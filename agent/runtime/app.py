@@ -27,7 +27,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -82,13 +82,19 @@ def run(settings: Settings) -> int:
         try:
             trio.run(_main, prepared, strict_exception_groups=True)
         except BaseExceptionGroup as group:
-            raise _the_error(group) from group
+            error = _the_error(group)
+            if error is group:
+                log.error("agent failed", cause=group)
+                raise
+            raise error from group
     return int(Exit.OK)
 
 
 def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepared:
     _raise_descriptor_limit()
     authority = ca_files.load(settings.ca_dir)
+    if settings.origins.get("trust_domain") != "flag" and authority.trust_domain:
+        settings = replace(settings, trust_domain=authority.trust_domain)
     source = LocalXdsSource(settings.local_xds)
     state = source.load()
     state_dir = StateDir.open(settings.state_dir)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -220,6 +221,14 @@ def counters(statistics: DataclassInstance) -> dict[str, int | float]:
     """The numbers of a statistics dataclass, by field; nested ones are left out."""
     found = {item.name: getattr(statistics, item.name) for item in fields(statistics)}
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+
+def summed(parts: Iterable[Mapping[str, int | float]]) -> dict[str, int | float]:
+    """The parts' numbers added up, by name."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(total)
 
 
 async def _read_line(stream: trio.SocketStream, received: bytearray) -> bytes | None:

@@ -14,9 +14,7 @@ never takes the agent or another pod down.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import trio
@@ -26,65 +24,18 @@ from meshbpf.agent.config import PodName, Settings
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.store import Snapshot
-from meshbpf.agent.datapath.netns import Netns
-from meshbpf.agent.datapath.steering import AttachedPod, Steering
+from meshbpf.agent.datapath.steering import Steering
 from meshbpf.agent.runtime import attachments
 from meshbpf.agent.runtime.attach_plan import AttachError, candidates, identity, plan
 from meshbpf.agent.runtime.attachments import Attachment
 from meshbpf.agent.runtime.certs import CertificateStore, utc_now
-from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.logs import Log
-from meshbpf.agent.runtime.pod_sockets import (
-    Listeners,
-    PodSockets,
-    close_all,
-    open_listeners,
-    pod_steering,
-)
+from meshbpf.agent.runtime.pod import Pod, PodServer
 
 WATCH_S = 1.0
 RETRY_S = 5.0
-SERVE_RETRY_S = 1.0
-STOP_S = 3.0
-"""A cancelled forwarder says goodbye to its tunnels for 2 s at most."""
 
 log = Log("pods")
-
-
-class PodServer(Protocol):
-    """The part of Forwarder that is used here."""
-
-    async def serve(self, pod: LocalPod, listeners: Listeners) -> None:
-        """Carry the pod's connections until cancelled."""
-
-
-@dataclass(slots=True, eq=False)
-class Pod:
-    """One pod that is attached, or ought to be."""
-
-    attachment: Attachment
-    identity: SpiffeId
-    reason: str = ""
-    """Why it does not work; empty while it does."""
-    netns: Netns | None = None
-    kernel: AttachedPod | None = None
-    local: LocalPod | None = None
-    """The pod as the forwarder sees it, while it is served."""
-    listeners: Listeners = field(default_factory=dict)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    ended: trio.Event = field(default_factory=trio.Event)
-    """The forwarder's task is over; set only if there was one."""
-    retry_at: float = 0.0
-
-    @property
-    def key(self) -> str:
-        """NS/NAME."""
-        return self.attachment.pod
-
-    @property
-    def attached(self) -> bool:
-        """The kernel captures for it."""
-        return self.kernel is not None
 
 
 class PodManager:
@@ -111,6 +62,7 @@ class PodManager:
         self._mesh = mesh
         self._nursery = nursery
         self._pods: dict[str, Pod] = {}
+        self._stopping = False
 
     def __len__(self) -> int:
         return len(self._pods)
@@ -126,6 +78,7 @@ class PodManager:
     ) -> AttachResult:
         """Steer a pod. Asked twice it changes nothing, or what is different."""
         async with self._lock:
+            self._refuse_when_stopping()
             wanted = plan(request, self._settings, self._mesh(), utc_now())
             self._refuse_taken(wanted)
             pod = self._pods.get(wanted.pod)
@@ -145,6 +98,7 @@ class PodManager:
         """Stop steering a pod. One that the mesh knows but we do not steer is no error."""
         name = PodName.parse(text)
         async with self._lock:
+            self._refuse_when_stopping()
             pod = self._pods.get(str(name))
             if pod is not None:
                 await self._stop(pod)
@@ -173,32 +127,28 @@ class PodManager:
                     log.warning("capture without a record lifted", pod=left.key)
                     await trio.to_thread.run_sync(self._steering.detach, left.key)
             for key, attachment in sorted(recorded.items()):
-                if not attachment.still_there():
-                    log.info("pod is gone, detached", pod=key, netns=attachment.netns)
-                    await trio.to_thread.run_sync(self._steering.detach, key)
-                    continue
-                try:
-                    await self._start(attachment)
-                except MeshbpfError as error:
-                    self._fail(Pod(attachment, self._identity(attachment)), error)
+                if attachment.still_there():
+                    pod = Pod(attachment, self._identity(attachment))
+                    await self._try(pod, "pod taken over")
                 else:
-                    log.info("pod taken over", pod=key, netns=attachment.netns)
-            if {pod.attachment for pod in self._pods.values()} != set(recorded.values()):
+                    log.info("pod's network namespace is gone, detached", pod=key)
+                    await trio.to_thread.run_sync(self._steering.detach, key)
+            if self._pods.keys() != recorded.keys():
                 await self._save()
 
     async def watch(self) -> None:
         """Detach pods whose namespace went away, retry failed ones, until cancelled."""
         while True:
             await trio.sleep(WATCH_S)
-            now = trio.current_time()
-            gone = [pod for pod in self._pods.values() if not pod.attachment.still_there()]
-            failed = [
-                pod for pod in self._pods.values() if not pod.attached and pod.retry_at <= now
-            ]
-            for pod in gone:
-                await self._bury(pod)
-            for pod in failed:
-                await self._retry(pod)
+            for pod in self.list():
+                if pod.retry_at > trio.current_time():
+                    continue
+                if not pod.attachment.still_there():
+                    await self._bury(pod)
+                elif not pod.attached:
+                    async with self._lock:
+                        if self._pods.get(pod.key) is pod:
+                            await self._try(pod, "pod attached at last")
 
     def refresh(self, mesh: Snapshot) -> None:
         """A new state may put a pod into another trust domain."""
@@ -215,11 +165,12 @@ class PodManager:
 
     async def stop_serving(self) -> None:
         """End the forwarders at the agent's end: the attachments remain."""
-        running = [pod for pod in self._pods.values() if pod.attached]
-        for pod in running:
-            pod.scope.cancel()
-        for pod in running:
-            await self._end_serving(pod)
+        self._stopping = True
+        async with self._lock:
+            for pod in self._pods.values():
+                pod.cancel()  # all at once, then wait for each
+            for pod in self._pods.values():
+                await pod.end()
 
     # --- one pod ------------------------------------------------------------
 
@@ -228,7 +179,7 @@ class PodManager:
         pod = Pod(attachment, self._identity(attachment))
         self._certificates.hold(pod.identity, pod.key)
         try:
-            await trio.to_thread.run_sync(self._attach_blocking, pod)
+            await trio.to_thread.run_sync(pod.attach_blocking, self._steering)
         except BaseException:
             before = self._pods.get(pod.key)
             if before is None or before.identity != pod.identity:
@@ -236,20 +187,10 @@ class PodManager:
             raise
         self._warn_of_doubts(pod)
         self._pods[pod.key] = pod
-        self._nursery.start_soon(self._serve, pod, name=f"pod {pod.key}")
+        self._nursery.start_soon(
+            pod.serve, self._server, self._steering, self._lock, name=f"pod {pod.key}"
+        )
         return pod
-
-    def _attach_blocking(self, pod: Pod) -> None:
-        netns = Netns.open(pod.attachment.netns)
-        listeners: Listeners = {}
-        try:
-            listeners = open_listeners(PodSockets(netns, self._steering.protect))
-            pod.kernel = self._steering.attach(pod_steering(pod.attachment, netns), listeners)
-        except BaseException:
-            close_all(listeners)
-            netns.close()
-            raise
-        pod.netns, pod.listeners = netns, listeners
 
     async def _replace(self, old: Pod, wanted: Attachment) -> Pod:
         """Make a pod what `wanted` says, without a moment uncaptured.
@@ -264,97 +205,23 @@ class PodManager:
             await self._stop(old)
             return await self._start(wanted)
         if old.attached and have.service_account == wanted.service_account:
-            await trio.to_thread.run_sync(self._reattach_blocking, old, wanted)
-            old.attachment = wanted
+            await trio.to_thread.run_sync(old.update_blocking, self._steering, wanted)
             return old
         pod = await self._start(wanted)
-        await self._end_serving(old)
+        await old.end()
         if old.identity != pod.identity:
             self._certificates.release(old.identity, old.key)
         return pod
-
-    def _reattach_blocking(self, pod: Pod, wanted: Attachment) -> None:
-        assert pod.netns is not None  # noqa: S101 (it is attached)
-        spec = pod_steering(wanted, pod.netns)
-        pod.kernel = self._steering.attach(spec, pod.listeners)
 
     async def _stop(self, pod: Pod) -> None:
         """Lift the capture, end the forwarder, forget. Raises MeshbpfError before any of it."""
         await trio.to_thread.run_sync(self._steering.detach, pod.key)
         del self._pods[pod.key]
         self._certificates.release(pod.identity, pod.key)
-        await self._end_serving(pod)
-
-    async def _end_serving(self, pod: Pod) -> None:
-        if pod.attached:
-            pod.scope.cancel()
-            with trio.move_on_after(STOP_S, shield=True) as overdue:
-                await pod.ended.wait()
-            if overdue.cancelled_caught:
-                log.error("forwarder of a pod does not end", pod=pod.key)
-        self._close(pod)
-
-    def _close(self, pod: Pod) -> None:
-        """Let go of the namespace: as long as one descriptor is open it cannot die."""
-        close_all(pod.listeners)
-        if pod.netns is not None:
-            pod.netns.close()
-            pod.netns = None
-
-    async def _serve(self, pod: Pod) -> None:
-        """Run the forwarder; should it fail, again with fresh listeners."""
-        try:
-            with pod.scope:
-                while True:
-                    try:
-                        pod.local = self._local(pod)
-                        await self._server.serve(pod.local, pod.listeners)
-                        pod.reason = "the forwarder ended by itself"
-                    except Exception as error:  # noqa: BLE001
-                        # The boundary of one pod: whatever is wrong with it
-                        # must not reach the others.
-                        pod.reason = f"{type(error).__name__}: {error}"
-                        log.error("forwarder of a pod failed", cause=error, pod=pod.key)
-                    await self._reopen(pod)
-        finally:
-            pod.ended.set()
-
-    async def _reopen(self, pod: Pod) -> None:
-        while pod.reason:
-            await trio.sleep(SERVE_RETRY_S)
-            async with self._lock:
-                try:
-                    await trio.to_thread.run_sync(self._reopen_blocking, pod)
-                except MeshbpfError as error:
-                    log.error("listeners of a pod cannot be reopened", cause=error, pod=pod.key)
-                else:
-                    pod.reason = ""
-
-    def _reopen_blocking(self, pod: Pod) -> None:
-        assert pod.netns is not None  # noqa: S101 (a served pod has one)
-        fresh = open_listeners(PodSockets(pod.netns, self._steering.protect))
-        try:
-            self._steering.set_listeners(pod.key, fresh)
-        except BaseException:
-            close_all(fresh)
-            raise
-        close_all(pod.listeners)
-        pod.listeners = fresh
-
-    def _local(self, pod: Pod) -> LocalPod:
-        assert pod.netns is not None  # noqa: S101
-        assert pod.kernel is not None  # noqa: S101 (both set by attach)
-        addresses = frozenset(pod.kernel.addresses)
-        return LocalPod(
-            namespace=pod.attachment.name.namespace,
-            name=pod.attachment.name.name,
-            service_account=pod.attachment.service_account,
-            addresses=addresses,
-            sockets=PodSockets(pod.netns, self._steering.protect, addresses),
-            index=pod.kernel.index,
-        )
+        await pod.end()
 
     async def _bury(self, pod: Pod) -> None:
+        """The pod's namespace went away: leave nothing of it."""
         async with self._lock:
             if self._pods.get(pod.key) is not pod:
                 return
@@ -362,28 +229,27 @@ class PodManager:
             try:
                 await self._stop(pod)
                 await self._save()
-            except MeshbpfError as error:
-                log.error("capture of a vanished pod cannot be lifted", cause=error, pod=pod.key)
-
-    async def _retry(self, pod: Pod) -> None:
-        async with self._lock:
-            if self._pods.get(pod.key) is not pod:
-                return
-            try:
-                await self._start(pod.attachment)
-            except MeshbpfError as error:
+            except Exception as error:  # noqa: BLE001 (one pod's trouble stays its own)
                 self._fail(pod, error)
-            else:
-                log.info("pod attached at last", pod=pod.key)
 
-    def _fail(self, pod: Pod, error: MeshbpfError) -> None:
-        if pod.reason != error.what:
-            log.error("pod cannot be attached", cause=error, pod=pod.key)
-        pod.reason = error.what
+    async def _try(self, pod: Pod, success: str) -> None:
+        """Attach a pod that is recorded; a failure is noted and tried again later."""
+        try:
+            await self._start(pod.attachment)
+        except Exception as error:  # noqa: BLE001 (one pod's trouble stays its own)
+            self._fail(pod, error)
+        else:
+            log.info(success, pod=pod.key, netns=pod.attachment.netns)
+
+    def _fail(self, pod: Pod, error: Exception) -> None:
+        reason = error.what if isinstance(error, MeshbpfError) else repr(error)
+        if pod.reason != reason:
+            log.error("pod failed", cause=error, pod=pod.key, retry_s=RETRY_S)
+        pod.reason = reason
         pod.retry_at = trio.current_time() + RETRY_S
         if pod.key not in self._pods:
             self._pods[pod.key] = pod
-        self._certificates.hold(pod.identity, pod.key)
+            self._certificates.hold(pod.identity, pod.key)
 
     # --- helpers ------------------------------------------------------------
 
@@ -400,6 +266,10 @@ class PodManager:
                 f"{self._path}: {error.strerror}: done, but a restart would not know of it",
                 "make room on the disk, then repeat the command",
             ) from error
+
+    def _refuse_when_stopping(self) -> None:
+        if self._stopping:
+            raise MeshbpfError("stopping", "the agent is stopping", "ask the one that comes next")
 
     def _refuse_taken(self, wanted: Attachment) -> None:
         """Two pods in one namespace would be two identities for the same packets."""

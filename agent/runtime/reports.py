@@ -25,7 +25,7 @@ from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import TunnelProtocol, Workload
 from meshbpf.agent.runtime.connections import ConnectionRecord
-from meshbpf.agent.runtime.pods import Pod
+from meshbpf.agent.runtime.pod import Pod
 
 
 def pod_info(pod: Pod, mesh: Snapshot, connections: int) -> PodInfo:

@@ -1,0 +1,164 @@
+"""One pod of this node, from its first listener to its last descriptor.
+
+What belongs to a pod: its namespace's descriptor, six listeners, its place in
+the kernel's maps, and the forwarder's task. `pods.py` decides when it comes
+and goes; here is how. Methods named `..._blocking` enter the namespace or
+talk to the kernel, and run in a thread under the datapath lock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import trio
+
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.datapath.netns import Netns
+from meshbpf.agent.datapath.steering import AttachedPod, Steering
+from meshbpf.agent.runtime.attachments import Attachment
+from meshbpf.agent.runtime.local_pod import LocalPod
+from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.pod_sockets import (
+    Listeners,
+    PodSockets,
+    close_all,
+    open_listeners,
+    pod_steering,
+)
+
+SERVE_RETRY_S = 1.0
+STOP_S = 3.0
+"""A cancelled forwarder says goodbye to its tunnels for 2 s at most."""
+
+log = Log("pods")
+
+
+class PodServer(Protocol):
+    """The part of Forwarder that is used here."""
+
+    async def serve(self, pod: LocalPod, listeners: Listeners) -> None:
+        """Carry the pod's connections until cancelled."""
+
+
+@dataclass(slots=True, eq=False)
+class Pod:
+    """A pod that is attached, or ought to be."""
+
+    attachment: Attachment
+    identity: SpiffeId
+    reason: str = ""
+    """Why it does not work; empty while it does."""
+    retry_at: float = 0.0
+    """trio's time before which a failed pod is left alone."""
+    kernel: AttachedPod | None = None
+    local: LocalPod | None = None
+    """The pod as the forwarder sees it."""
+    _netns: Netns | None = None
+    _listeners: Listeners = field(default_factory=dict)
+    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _ended: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def key(self) -> str:
+        """NS/NAME."""
+        return self.attachment.pod
+
+    @property
+    def attached(self) -> bool:
+        """The kernel captures for it, and it is or will be served."""
+        return self.kernel is not None
+
+    def attach_blocking(self, steering: Steering) -> None:
+        """Open the listeners, then let the kernel capture.
+
+        Raises MeshbpfError; then nothing of it is open, and the kernel is as
+        it was.
+        """
+        netns = Netns.open(self.attachment.netns)
+        listeners: Listeners = {}
+        try:
+            listeners = open_listeners(PodSockets(netns, steering.protect))
+            kernel = steering.attach(pod_steering(self.attachment, netns), listeners)
+        except BaseException:
+            close_all(listeners)
+            netns.close()
+            raise
+        self.kernel, self._netns, self._listeners = kernel, netns, listeners
+        addresses = frozenset(kernel.addresses)
+        self.local = LocalPod(
+            namespace=self.attachment.name.namespace,
+            name=self.attachment.name.name,
+            service_account=self.attachment.service_account,
+            addresses=addresses,
+            sockets=PodSockets(netns, steering.protect, addresses),
+            index=kernel.index,
+        )
+
+    def update_blocking(self, steering: Steering, wanted: Attachment) -> None:
+        """Give the kernel new options for a pod whose account and namespace stay."""
+        assert self._netns is not None  # noqa: S101 (it is attached)
+        self.kernel = steering.attach(pod_steering(wanted, self._netns), self._listeners)
+        self.attachment = wanted
+
+    async def serve(self, server: PodServer, steering: Steering, lock: trio.Lock) -> None:
+        """Run the forwarder until `end`; should it fail, again with fresh listeners."""
+        assert self.local is not None  # noqa: S101 (it is attached)
+        try:
+            with self._scope:
+                while True:
+                    try:
+                        await server.serve(self.local, self._listeners)
+                        self.reason = "the forwarder ended by itself"
+                    except Exception as error:  # noqa: BLE001
+                        # The boundary of one pod: whatever is wrong with it
+                        # must not reach the others.
+                        self.reason = f"{type(error).__name__}: {error}"
+                        log.error("forwarder of a pod failed", cause=error, pod=self.key)
+                    await self._reopen(steering, lock)
+        finally:
+            self._ended.set()
+
+    def cancel(self) -> None:
+        """Begin the end: the forwarder takes leave."""
+        self._scope.cancel()
+
+    async def end(self) -> None:
+        """End the forwarder and let go of everything: capture stays as it is.
+
+        Not cancellable; takes STOP_S at most. As long as one descriptor of a
+        namespace is open the namespace cannot die.
+        """
+        if self.attached:
+            self.cancel()
+            with trio.move_on_after(STOP_S, shield=True) as overdue:
+                await self._ended.wait()
+            if overdue.cancelled_caught:
+                log.error("forwarder of a pod does not end", pod=self.key)
+        close_all(self._listeners)
+        if self._netns is not None:
+            self._netns.close()
+            self._netns = None
+
+    async def _reopen(self, steering: Steering, lock: trio.Lock) -> None:
+        while self.reason:
+            await trio.sleep(SERVE_RETRY_S)
+            async with lock:
+                try:
+                    await trio.to_thread.run_sync(self._reopen_blocking, steering)
+                except (MeshbpfError, OSError) as error:
+                    log.error("listeners of a pod cannot be reopened", cause=error, pod=self.key)
+                else:
+                    self.reason = ""
+
+    def _reopen_blocking(self, steering: Steering) -> None:
+        assert self._netns is not None  # noqa: S101 (it is attached)
+        fresh = open_listeners(PodSockets(self._netns, steering.protect))
+        try:
+            steering.set_listeners(self.key, fresh)
+        except BaseException:
+            close_all(fresh)
+            raise
+        close_all(self._listeners)
+        self._listeners = fresh
