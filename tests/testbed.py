@@ -56,6 +56,8 @@ from tests.progs.program import BedError, Program, end_recorded, eventually, run
 ROOT = Path(__file__).resolve().parent.parent
 RUN_DIR = Path("/run/meshbpf-testbed")
 PINS_DIR = Path("/sys/fs/bpf/meshbpf")
+# The suite's tags begin so: two people may run it on one machine at once.
+SUITE_TAG = os.environ.get("MESHBPF_TESTBED_TAG", "tb")
 MESHBPF = Path(sys.prefix) / "bin" / "meshbpf"
 BYTECODE_DIR = ROOT / ".cache" / "testbed" / "bpf"
 READY_LIMIT_S = 60.0  # a cold start compiles the BPF programs first
@@ -191,8 +193,8 @@ class Testbed:
     live: set[Testbed] = set()  # noqa: RUF012 - the one registry, for failure reports
 
     def __init__(self, tag: str = "tb") -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9]{0,7}", tag):
-            raise BedError(f"a tag is one to eight letters and digits, not {tag!r}")
+        if not re.fullmatch(r"[a-z][a-z0-9]{0,15}", tag):
+            raise BedError(f"a tag is one to sixteen letters and digits, not {tag!r}")
         self.tag = tag
         self.directory = RUN_DIR / tag
         self.mesh_file = self.directory / "mesh.yaml"

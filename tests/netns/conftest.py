@@ -15,7 +15,7 @@ import pytest
 
 from tests.progs.pod import Family
 from tests.progs.server import EXEMPT
-from tests.testbed import Testbed
+from tests.testbed import SUITE_TAG, Testbed
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,14 +27,14 @@ def _root() -> None:
 @pytest.fixture(scope="session")
 def plain() -> Iterator[Testbed]:
     """A testbed without agents: what the servers and clients do with no mesh at all."""
-    with Testbed("tbplain") as bed:
+    with Testbed(f"{SUITE_TAG}plain") as bed:
         bed.start_servers()
         yield bed
 
 
 @pytest.fixture(scope="session", params=["auto", "tc"])
 def bed(request: pytest.FixtureRequest) -> Iterator[Testbed]:
-    with Testbed("tb") as bed:
+    with Testbed(SUITE_TAG) as bed:
         bed.cgroup.mkdir()
         bed.start_agents(
             *("--capture", request.param),

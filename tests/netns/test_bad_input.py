@@ -15,7 +15,7 @@ from meshbpf.agent.api import StatusRequest
 from tests.netns.talk import passes
 from tests.progs.inside import socket_inside
 from tests.progs.program import eventually
-from tests.testbed import BYTECODE_DIR, MESHBPF, Testbed, copy_bytecode
+from tests.testbed import BYTECODE_DIR, MESHBPF, SUITE_TAG, Testbed, copy_bytecode
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
@@ -25,7 +25,7 @@ NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 @pytest.fixture(scope="module")
 def half() -> Iterator[Testbed]:
     """An agent on node 1 and none on node 2, where failing ones are started."""
-    with Testbed("tbbad") as bed:
+    with Testbed(f"{SUITE_TAG}bad") as bed:
         bed.make_ca()
         bed.agents[1].start()
         bed.start_servers()
@@ -73,7 +73,7 @@ def test_an_unknown_pod_cannot_be_detached(half: Testbed) -> None:
     fails(half, cli(half, "detach", "--pod", "apps/nobody"), 1, "apps/nobody", node=1)
 
 
-@pytest.mark.parametrize("netns", ["tbbad-nowhere", "/run/netns/tbbad-nowhere", "/etc/hostname"])
+@pytest.mark.parametrize("netns", ["nowhere", "/run/netns/nowhere", "/etc/hostname"])
 def test_a_missing_netns_cannot_be_attached(half: Testbed, netns: str) -> None:
     argv = cli(half, "attach", "--pod", "apps/n1b", "--netns", netns)
     fails(half, argv, 1, netns, node=1)

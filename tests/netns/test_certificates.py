@@ -11,7 +11,7 @@ from meshbpf.agent.api import CertsRequest
 from tests.netns.talk import echo, passes
 from tests.progs import server
 from tests.progs.pod import Family
-from tests.testbed import Agent, Testbed
+from tests.testbed import SUITE_TAG, Agent, Testbed
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
@@ -20,7 +20,7 @@ TTL_S = 4
 
 @pytest.fixture(scope="module")
 def short_lived() -> Iterator[Testbed]:
-    with Testbed("tbcert") as bed:
+    with Testbed(f"{SUITE_TAG}cert") as bed:
         bed.start_agents("--cert-ttl", f"{TTL_S}s")
         bed.start_servers()
         bed.attach_all()

@@ -10,7 +10,7 @@ import pytest
 from tests.netns.talk import datagram_passes, echo, passes, refused
 from tests.progs import server
 from tests.progs.pod import Family
-from tests.testbed import Testbed
+from tests.testbed import SUITE_TAG, Testbed
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
@@ -19,7 +19,7 @@ LEASE_S = 3
 
 @pytest.fixture(scope="module", params=["auto", "tc"])
 def leased(request: pytest.FixtureRequest) -> Iterator[Testbed]:
-    with Testbed("tblease") as bed:
+    with Testbed(f"{SUITE_TAG}lease") as bed:
         exempt = [("--exempt-cidr", bed["n2x"].address(family)) for family in (4, 6)]
         lease = ("--lease", f"{LEASE_S}s", "--capture", request.param)
         bed.start_agents(*lease, *(word for option in exempt for word in option))

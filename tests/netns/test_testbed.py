@@ -12,11 +12,11 @@ import pytest
 
 from tests.progs.inside import NETNS_DIR
 from tests.progs.program import ROOT, BedError, eventually
-from tests.testbed import RUN_DIR, Testbed
+from tests.testbed import RUN_DIR, SUITE_TAG, Testbed
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
-TAG = "tbself"
+TAG = f"{SUITE_TAG}self"
 BUILD = f"""
 import time
 from tests.testbed import Testbed

@@ -11,9 +11,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbpf.agent.datapath import bpfinfo
+from meshbpf.agent.datapath import bpfinfo, bpfsys
+from meshbpf.agent.datapath.bpfcall import BpfError
 from tests.progs.inside import inside
 from tests.progs.program import run_inside
+from tests.testbed import PINS_DIR
 
 _COMMANDS = {
     "rules of IPv4": "ip -4 rule show",
@@ -78,26 +80,23 @@ def bpf_objects() -> Objects:
 
 def held_by(pid: int) -> Objects:
     """The BPF objects that a process has descriptors of."""
-    found = set()
+    found: set[tuple[str, int]] = set()
     for path in Path(f"/proc/{pid}/fdinfo").iterdir():
         try:
-            lines = path.read_text().splitlines()
+            found |= _objects_in(path.read_text())
         except OSError:  # closed since the listing
             continue
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name in ("prog_id", "map_id", "link_id"):
-                found.add((name.removesuffix("_id"), int(value)))
     return frozenset(found)
 
 
-def left_over(before: Objects, own: tuple[int, ...]) -> Objects:
-    """The objects that are new since `before` and that no process outside `own` holds.
+def left_over(before: Objects, own: tuple[int, ...], agent_ids: tuple[str, ...]) -> Objects:
+    """The objects that are new since `before` and belong to nobody but us.
 
-    The machine may run other agents meanwhile; theirs are not ours to judge.
-    What only a pin or an attachment keeps alive counts as left over.
+    The machine may run other agents meanwhile; what their processes hold, or
+    have pinned, is not ours to judge. What only an attachment or a pin of
+    `agent_ids` keeps alive counts as left over.
     """
-    fresh = bpf_objects() - before
+    fresh = bpf_objects() - before - _pinned_by_others(agent_ids)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) not in own and fresh:
             try:
@@ -105,6 +104,33 @@ def left_over(before: Objects, own: tuple[int, ...]) -> Objects:
             except OSError:  # the process ended
                 continue
     return fresh
+
+
+def _pinned_by_others(agent_ids: tuple[str, ...]) -> Objects:
+    found: set[tuple[str, int]] = set()
+    for folder in PINS_DIR.iterdir():
+        if folder.name in agent_ids:
+            continue
+        for path in folder.rglob("*"):
+            try:
+                fd = bpfsys.obj_get(path)
+            except (BpfError, OSError):  # a folder, or removed since the listing
+                continue
+            try:
+                # fdinfo says which kind of object it is, and its number.
+                found |= _objects_in(Path(f"/proc/self/fdinfo/{fd}").read_text())
+            finally:
+                os.close(fd)
+    return frozenset(found)
+
+
+def _objects_in(fdinfo: str) -> set[tuple[str, int]]:
+    pairs = (line.split(":", 1) for line in fdinfo.splitlines() if ":" in line)
+    return {
+        (name.removesuffix("_id"), int(value))
+        for name, value in pairs
+        if name in ("prog_id", "map_id", "link_id")
+    }
 
 
 @dataclass(frozen=True, slots=True)
