@@ -95,6 +95,24 @@ class H2State(H2Connection):
             self.clear_outbound_data_buffer()
             raise PeerError(ErrorCodes(error.error_code), str(error)) from error
 
-    def feed_end_of_data(self, stream_id: int) -> list[H2Event]:
-        """Tell h2 that a DATA frame with END_STREAM came."""
-        return self.feed(header(0, FrameType.DATA, FLAG_END_STREAM, stream_id))
+    def end_of_data(self, stream_id: int) -> list[H2Event]:
+        """Tell h2 that the peer's END_STREAM came. Raises PeerError.
+
+        Straight to the stream: a made-up frame through `feed` would cost as
+        much as a header block.
+        """
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            return []
+        try:
+            _frames, events = stream.receive_data(b"", True, 0)
+        except ProtocolError as error:
+            raise PeerError(ErrorCodes(error.error_code), str(error)) from error
+        return events
+
+    def end(self, stream_id: int) -> bytes:
+        """Tell h2 that we end the stream; the frame that says so to the peer."""
+        stream = self.streams.get(stream_id)
+        if stream is not None:
+            stream.end_stream()
+        return header(0, FrameType.DATA, FLAG_END_STREAM, stream_id)

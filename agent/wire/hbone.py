@@ -183,8 +183,7 @@ class HboneConnection:
         if stream is None or stream.local_ended:
             return
         stream.local_ended = True
-        self._h2.end_stream(stream_id)
-        self._take_h2_output()
+        self.out += self._h2.end(stream_id)
         if stream.remote_ended:
             self._forget(stream_id)
 
@@ -249,7 +248,7 @@ class HboneConnection:
                     events.append(gathering)
             if piece.ends_stream and piece.stream_id in self._streams:
                 gathering = None
-                events.extend(self._h2_events(self._h2.feed_end_of_data(piece.stream_id)))
+                events.extend(self._h2_events(self._h2.end_of_data(piece.stream_id)))
         return events
 
     def _accept_data(self, piece: Data, events: list[Event]) -> bool:

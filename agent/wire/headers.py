@@ -103,7 +103,9 @@ def baggage(workload: Workload) -> bytes:
     text = ",".join(f"{name}={value}" for name, value in members if value)
     # A header value may hold visible ASCII and spaces; names from a mesh file
     # are longer-lived than our trust in them.
-    return "".join(each for each in text if " " <= each <= "~").encode()
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(each for each in text if " " <= each <= "~")
+    return text.encode()
 
 
 def traceparent(random_bytes: bytes) -> bytes:
