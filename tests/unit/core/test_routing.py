@@ -26,6 +26,7 @@ SAN = SpiffeId.parse("spiffe://cluster.local/ns/default/sa/shared")
 MESH = mesh(
     SOURCE,
     pod("far", "10.0.0.2", "fd00::2", node="n2", services={"web": {80: 9000}}),
+    pod("two", "10.0.0.10", "10.0.0.9"),
     pod("near", "10.0.0.3", node="n1"),
     plain("outsider", "10.0.0.4", services={"plain": {}}),
     pod("host", "10.0.0.5", network_mode=NetworkMode.HOST_NETWORK),
@@ -56,6 +57,7 @@ HBONE = [
     # dialed, gateway, authority, destination, service
     ("10.0.0.2:8080", "10.0.0.2:15008", "10.0.0.2:8080", "far", None),
     ("[fd00::2]:8080", "[fd00::2]:15008", "[fd00::2]:8080", "far", None),
+    ("10.0.0.9:80", "10.0.0.9:15008", "10.0.0.9:80", "two", None),  # its second address
     ("10.0.0.3:22", "10.0.0.3:15008", "10.0.0.3:22", "near", None),  # the same node as ours
     ("10.0.0.1:80", "10.0.0.1:15008", "10.0.0.1:80", "src", None),  # itself
     ("10.9.0.1:80", "10.0.0.2:15008", "10.0.0.2:9000", "far", "web"),
@@ -145,9 +147,9 @@ LOCAL = pod("local", "10.0.0.2", "fd00::2", services={"web": {80: 9000}, "named"
 INBOUND = mesh(
     LOCAL,
     pod("other", "10.0.0.3"),
-    service("web", "10.9.0.1", ports={80: 8080}),
+    service("web", "10.9.0.1", ports={80: 8080, 82: 6000}),
     service("named", "10.9.0.2", ports={443: 0}),
-    service("api", "10.9.0.3", ports={80: 7000, 81: 15008}),
+    service("api", "10.9.0.3", ports={80: 7000, 81: 15008, 82: 6000}),
     service("hidden", namespace="elsewhere", visibility=Visibility.NAMESPACE),
 )
 OWN = frozenset(LOCAL.addresses)
@@ -158,6 +160,7 @@ INBOUND_ROUTES = [
     ("10.0.0.2:9000", "10.0.0.2:9000", "web"),
     ("10.0.0.2:7000", "10.0.0.2:7000", "api"),
     ("[fd00::2]:22", "[fd00::2]:22", None),
+    ("10.0.0.2:6000", "10.0.0.2:6000", None),  # two services lead there: neither is certain
     ("web:80", "10.0.0.2:9000", "web"),
     ("api:80", "10.0.0.2:7000", "api"),
 ]

@@ -113,6 +113,7 @@ NO_WAYPOINT = [
                 ports={15008: 1},
                 load_balancing=LoadBalancing(mode=LoadBalancerMode.PASSTHROUGH),
             ),
+            pod("behind", "10.0.2.4", services={"pass": {}}),
         ),
     ),
 ]
