@@ -38,6 +38,10 @@ MAX_PODS: Final = 1024
 STEER_MARK: Final = 0x111
 """Routes a packet to the pod's table 100. Istio's in-pod redirection uses it too."""
 STEER_MASK: Final = 0xFFF
+AGENT_MARK: Final = 0x539
+"""On outbound listeners, so that what they accept does not inherit the steering
+mark: its answers must find their way to a source that is not in the pod's own
+netns, when the pod forwards for others. Proves nothing to any program."""
 HBONE_PORT: Final = 15008
 
 POD_INDEX: Final = 0x6D65_7368_706F_6449
@@ -193,7 +197,12 @@ PROGRAMS: Final[tuple[ProgramSpec, ...]] = (
         "connect6", "connect6.c", ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT
     ),
     ProgramSpec(
-        "pod_egress", "pod_egress.c", ProgramType.SCHED_CLS, AttachType.TCX_EGRESS, (POD_INDEX,)
+        "pod_egress",
+        "pod_egress.c",
+        ProgramType.SCHED_CLS,
+        AttachType.TCX_EGRESS,
+        (POD_INDEX,),
+        budget=8192,
     ),
     ProgramSpec(
         "sk_lookup", "sk_lookup.c", ProgramType.SK_LOOKUP, AttachType.SK_LOOKUP, (POD_INDEX,)

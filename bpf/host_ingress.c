@@ -9,7 +9,7 @@
 // Reads: the IP header.
 // Maps: addresses, pod_config; writes pod_counters, decisions.
 // Returns: GO_ON or TC_ACT_SHOT.
-// Budget: 2048 verified instructions.
+// Budget: 4096 verified instructions.
 
 #include <meshbpf/packet.h>
 #include <meshbpf/pod.h>

@@ -23,8 +23,9 @@
 #include <meshbpf/socket.h>
 #include <meshbpf/verdict.h>
 
-// The sending TCP socket. Of the stack's control sockets (raw), of packet
-// sockets and of request and TIME_WAIT sockets we know nothing.
+// The connection that sends. The stack's control sockets (raw), packet sockets,
+// request and TIME_WAIT sockets are none, nor is a listener, in whose name newer
+// kernels send an RST.
 INLINE struct bpf_sock *sender_of(struct __sk_buff *skb)
 {
     struct bpf_sock *sk = skb->sk;
@@ -33,6 +34,8 @@ INLINE struct bpf_sock *sender_of(struct __sk_buff *skb)
         return 0;
     sk = bpf_sk_fullsock(sk);
     if (!sk || sk->protocol != IPPROTO_TCP || sk->type != SOCK_STREAM)
+        return 0;
+    if (sk->state == BPF_TCP_LISTEN)
         return 0;
     return sk;
 }
@@ -75,24 +78,30 @@ INLINE int agent_holds(struct __sk_buff *skb, const struct packet *p)
     return holds;
 }
 
-INLINE int open_connection(struct __sk_buff *skb, struct packet *p, struct bpf_sock *sk, u32 pod)
+// A SYN, or what may hide one: a fragment that no local TCP socket sent has
+// nothing to lose in the mesh, and cannot be handed to anybody.
+INLINE int open_connection(struct __sk_buff *skb, struct packet *p, enum kind kind,
+                           struct bpf_sock *sk, u32 pod)
 {
-    switch (judge(pod, &p->flow.destination, bpf_ntohs(p->flow.destination_port))) {
-    case REFUSE:
-        return refuse(skb, p);
-    case CAPTURE:
-        if (sk && !set_captured(sk)) {
-            count(DECISION_NO_MEMORY);
-            return TC_ACT_SHOT; // the SYN will come again
-        }
-        count(DECISION_CAPTURED_BY_TC);
-        return to_loopback(skb);
-    case LEAVE_ALONE:
-        break;
+    enum verdict verdict = judge(pod, &p->flow.destination, bpf_ntohs(p->flow.destination_port));
+
+    if (verdict == LEAVE_ALONE) {
+        if (sk)
+            clear_captured(sk); // the socket may have been used before
+        return GO_ON;
     }
-    if (sk)
-        clear_captured(sk); // the socket may have been used before
-    return GO_ON;
+    if (kind == OPAQUE) {
+        count(DECISION_OPAQUE);
+        return TC_ACT_SHOT;
+    }
+    if (verdict == REFUSE)
+        return refuse(skb, p);
+    if (sk && !set_captured(sk)) {
+        count(DECISION_NO_MEMORY);
+        return TC_ACT_SHOT; // the SYN will come again
+    }
+    count(DECISION_CAPTURED_BY_TC);
+    return to_loopback(skb);
 }
 
 int pod_egress(struct __sk_buff *skb)
@@ -109,22 +118,11 @@ int pod_egress(struct __sk_buff *skb)
     kind = read_packet(skb, &packet);
     if (kind == NOT_TCP)
         return GO_ON;
-    if (kind == TCP && is_opening(&packet))
-        return open_connection(skb, &packet, sk, pod);
-    if (sk) {
-        // Not captured when it was opened: direct, or older than the attach.
-        if (!is_captured(sk))
-            return GO_ON;
-        count(DECISION_REDIRECTED);
-        return to_loopback(skb);
-    }
-    if (kind == OPAQUE) {
-        if (judge(pod, &packet.flow.destination, 0) == LEAVE_ALONE)
-            return GO_ON;
-        count(DECISION_OPAQUE);
-        return TC_ACT_SHOT;
-    }
-    if (!agent_holds(skb, &packet))
+    if (kind == TCP ? is_opening(&packet) : !sk)
+        return open_connection(skb, &packet, kind, sk, pod);
+    // A flow is what it was when it was opened, and direct if that was before
+    // the attach.
+    if (sk ? !is_captured(sk) : !agent_holds(skb, &packet))
         return GO_ON;
     count(DECISION_REDIRECTED);
     return to_loopback(skb);

@@ -23,15 +23,15 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
-from meshbpf.agent.datapath import links, plumbing, sockdiag
+from meshbpf.agent.datapath import links, plumbing, rtnetlink, sockdiag
 from meshbpf.agent.datapath.codecs import IPAddress
 from meshbpf.agent.datapath.maps import Map
-from meshbpf.agent.datapath.netlink import NetlinkError
+from meshbpf.agent.datapath.netlink import Netlink, NetlinkError
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.objects import CompiledCatalogue
 from meshbpf.agent.datapath.pins import Pins
@@ -40,7 +40,7 @@ from meshbpf.agent.datapath.podview import PodView, look
 from meshbpf.agent.datapath.programs import Programs
 from meshbpf.agent.datapath.records import Phase, PodRecord, Records, TcPoint
 from meshbpf.agent.datapath.steering_types import Listeners, OnAgentDown, PodSteering
-from meshbpf.bpf import PROGRAMS_BY_NAME, STEER_MARK, STEER_MASK, AttachType, PodFlag
+from meshbpf.bpf import PROGRAMS_BY_NAME, AttachType, PodFlag
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Attacher:
             pod_maps = PodMaps(self.maps)
             pod_maps.fill(record)
             pod_maps.set_listeners(record.index, listeners)
-            record = self._put_in_place(record, pod.netns)
+            self._put_in_place(record, pod.netns)
             pod_maps.start_connect_hook(record)
             record = msgspec.structs.replace(record, phase=Phase.ATTACHED)
             self.records.put(record)
@@ -95,7 +95,7 @@ class Attacher:
         try:
             pod_maps.change(before, after)
             pod_maps.set_listeners(after.index, listeners)
-            after = self._put_in_place(after, pod.netns, also=tuple(gone))
+            self._put_in_place(after, pod.netns)
         except BaseException:
             pod_maps.change(after, before)
             raise
@@ -141,7 +141,7 @@ class Attacher:
     def _end_captured(self, netns: Netns) -> None:
         try:
             captured = self.maps["captured"].fileno()
-            sockdiag.destroy_steered(netns, captured, STEER_MARK, STEER_MASK)
+            sockdiag.destroy_steered(netns, captured)
         except NetlinkError as error:
             # A kernel without CONFIG_INET_DIAG_DESTROY. Going on is better
             # than a pod that cannot be detached: such flows end by the RST
@@ -162,7 +162,7 @@ class Attacher:
             addresses=tuple(map(str, view.addresses)),
             own_addresses=tuple(map(str, view.own_addresses)),
             families=plumbing.families(pod.netns),
-            points=tuple(self._points(view)),
+            points=tuple(self._points(pod.netns, view)),
             host_skipped=view.host_skipped,
             sysctls=plumbing.plan_sysctls(pod.netns),
             exempt_ports=tuple(sorted(pod.exempt_ports)),
@@ -172,41 +172,35 @@ class Attacher:
         fail_open = pod.on_agent_down is OnAgentDown.OPEN
         return msgspec.structs.replace(record, flags=int(flags_of(record, fail_open=fail_open)))
 
-    def _points(self, view: PodView) -> list[TcPoint]:
-        points = []
-        for one, end in view.captured:
-            points.append(self._point("pod_egress", one.ifindex, one.name))
-            if end is not None:
-                points.append(self._point("host_egress", end.ifindex, end.name))
-                points.append(self._point("host_ingress", end.ifindex, end.name))
-        return points
+    def _points(self, netns: Netns, view: PodView) -> Iterator[TcPoint]:
+        with rtnetlink.route(netns) as inside, rtnetlink.route(None) as host:
+            for one, end in view.captured:
+                yield self._point(inside, "pod_egress", one.ifindex, one.name)
+                if end is not None:
+                    yield self._point(host, "host_egress", end.ifindex, end.name)
+                    yield self._point(host, "host_ingress", end.ifindex, end.name)
 
-    def _point(self, program: str, ifindex: int, interface: str) -> TcPoint:
+    def _point(self, nl: Netlink, program: str, ifindex: int, interface: str) -> TcPoint:
+        clsact = not self.use_tcx
         return TcPoint(
             program=program,
             ifindex=ifindex,
             interface=interface,
             egress=PROGRAMS_BY_NAME[program].attach_type is AttachType.TCX_EGRESS,
             on_host=program.startswith("host_"),
-            clsact=not self.use_tcx,
+            clsact=clsact,
+            our_qdisc=clsact and not rtnetlink.has_clsact(nl, ifindex),
         )
 
-    def _put_in_place(
-        self, record: PodRecord, netns: Netns, also: tuple[TcPoint, ...] = ()
-    ) -> PodRecord:
-        """Routes, sysctls, sk_lookup, TC. `also` are points that the record keeps meanwhile."""
+    def _put_in_place(self, record: PodRecord, netns: Netns) -> None:
+        """Routes, sysctls, sk_lookup, TC."""
         plumbing.install(netns, record.sysctls, _sources(record))
         self.pins.pod(record.index).mkdir(mode=0o700, exist_ok=True)
         with Programs(self.compiled, self.maps, record.index) as programs:
             links.hold_sk_lookup(self.pins, record.index, netns, programs.loader("sk_lookup"))
-            for place, point in enumerate(record.points):
+            for point in record.points:
                 load = programs.loader(point.program)
-                held = links.hold_point(self.pins, record.index, point, netns, load)
-                if held != point:
-                    points = (*record.points[:place], held, *record.points[place + 1 :])
-                    record = msgspec.structs.replace(record, points=points)
-                    self.records.put(msgspec.structs.replace(record, points=(*points, *also)))
-        return record
+                links.hold_point(self.pins, record.index, point, netns, load)
 
 
 def _sources(record: PodRecord) -> dict[int, IPAddress | None]:

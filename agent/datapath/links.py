@@ -18,8 +18,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
 from meshbpf.agent.datapath import bpfsys, rtnetlink
 from meshbpf.agent.datapath.abi import AttachType, MultiAttach
 from meshbpf.agent.datapath.bpfcall import BpfError
@@ -63,11 +61,11 @@ def hold_sk_lookup(pins: Pins, index: int, netns: Netns, program: Callable[[], i
 
 def hold_point(
     pins: Pins, index: int, point: TcPoint, netns: Netns, program: Callable[[], int]
-) -> TcPoint:
-    """A TC program on its interface. Returns the point, with `our_qdisc` as it now is."""
+) -> None:
+    """A TC program on its interface."""
     if point.clsact:
         with rtnetlink.route(None if point.on_host else netns) as nl:
-            made = rtnetlink.add_clsact(nl, point.ifindex)
+            rtnetlink.add_clsact(nl, point.ifindex)
             rtnetlink.set_filter(
                 nl,
                 point.ifindex,
@@ -76,7 +74,7 @@ def hold_point(
                 prog_fd=program(),
                 name=f"meshbpf:{point.program}",
             )
-        return msgspec.structs.replace(point, our_qdisc=made or point.our_qdisc)
+        return
 
     def create(prog_fd: int) -> int:
         kind = AttachType.TCX_EGRESS if point.egress else AttachType.TCX_INGRESS
@@ -85,7 +83,6 @@ def hold_point(
 
     path = pins.pod(index) / point_pin(point)
     hold(path, program, create, pins.inherited(path))
-    return point
 
 
 def hold_connect_hook(pins: Pins, name: str, root: Path, program: Callable[[], int]) -> None:

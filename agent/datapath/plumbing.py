@@ -15,6 +15,12 @@ conf.lo.accept_local  IPv4 takes a packet from lo whose source is the pod's
                       own address (TC sent it back up); IPv6 always does
 conf.lo.rp_filter     and does not ask for its way back, where the pod's
                       strict check would find eth0
+tcp_early_demux       off: of a connection that the pod forwards (a container
+                      in it), the agent's socket would be found on the way in,
+                      and the kernel drops a packet that it forwards while a
+                      socket claims it; TC could not bring it back. Costs a
+                      route lookup per packet received on the pod's interface.
+                      IPv6 follows the same switch.
 
 Values that were there before come back at the end, unless someone else has
 changed them since.
@@ -91,6 +97,7 @@ def plan_sysctls(netns: Netns) -> tuple[Sysctl, ...]:
         "ipv4/fwmark_reflect": "1",
         "ipv6/fwmark_reflect": "1",
         "ipv4/conf/lo/accept_local": "1",
+        "ipv4/tcp_early_demux": "0",
     }
     with netns.entered():
         # The kernel takes the stricter of `all` and the device, and calls 2

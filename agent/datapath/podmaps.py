@@ -11,11 +11,12 @@ from meshbpf.agent.datapath import bpfsys, codecs
 from meshbpf.agent.datapath.bpfcall import BpfError
 from meshbpf.agent.datapath.maps import Map
 from meshbpf.agent.datapath.records import PodRecord
-from meshbpf.bpf import PodFlag, Role
+from meshbpf.bpf import AGENT_MARK, PodFlag, Role
 
 ListenerMap = Mapping[tuple[Role, int], socket.socket]
 
 _PRESENT = codecs.u32(1)
+_SO_MARK = 36  # asm-generic/socket.h; the socket module has no name for it
 
 
 def flags_of(record: PodRecord, *, fail_open: bool) -> PodFlag:
@@ -102,6 +103,7 @@ class PodMaps:
         They get SO_REUSEADDR, and what they accept inherits it: accepted
         sockets are bound to the ports of the original destinations, and an
         application that opens its own :80 must not find it taken by them.
+        Outbound ones get a mark (see AGENT_MARK).
         """
         for role in Role:
             for family in codecs.FAMILIES:
@@ -110,6 +112,8 @@ class PodMaps:
                     self._drop_listener(pod, role, family)
                 else:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if role is Role.OUTBOUND:
+                        sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, AGENT_MARK)
                     key = codecs.listener(pod, role, family)
                     self.maps["listeners"].update(key, codecs.u64(sock.fileno()))
 

@@ -41,7 +41,7 @@ class TcPoint(msgspec.Struct, frozen=True):
     egress: bool
     on_host: bool  # in the agent's netns, not in the pod's
     clsact: bool  # a classic filter; else a tcx link
-    our_qdisc: bool = False  # we made the clsact qdisc
+    our_qdisc: bool  # there was no clsact qdisc before us
 
 
 class PodRecord(msgspec.Struct, frozen=True, kw_only=True):

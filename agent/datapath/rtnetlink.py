@@ -39,6 +39,7 @@ RTM_DELRULE: Final = 33
 RTM_GETRULE: Final = 34
 RTM_NEWQDISC: Final = 36
 RTM_DELQDISC: Final = 37
+RTM_GETQDISC: Final = 38
 RTM_NEWTFILTER: Final = 44
 RTM_DELTFILTER: Final = 45
 RTM_GETTFILTER: Final = 46
@@ -240,6 +241,16 @@ def _forgiving(nl: Netlink, kind: int, body: bytes, what: str) -> bool:
             return False
         raise
     return True
+
+
+def has_clsact(nl: Netlink, ifindex: int) -> bool:
+    """Whether the device has a clsact qdisc, whoever made it."""
+    bodies = nl.dump(RTM_GETQDISC, struct.pack("BBHiIII", 0, 0, 0, 0, 0, 0, 0), "list qdiscs")
+    return any(
+        struct.unpack_from("BBHi", body)[3] == ifindex
+        and attributes(body[20:]).get(1, b"").rstrip(b"\0") == b"clsact"
+        for body in bodies
+    )
 
 
 def add_clsact(nl: Netlink, ifindex: int) -> bool:

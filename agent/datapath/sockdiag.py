@@ -5,7 +5,9 @@ rule and the TC program are gone, the next segment of such a flow would leave
 in the clear towards an address where nobody knows the connection. They are
 therefore ended first. Which they are, the kernel can say without us keeping
 a list: their sockets carry the steering mark, or, where TC captured them,
-the `captured` socket storage, which a sock_diag dump shows on request.
+the `captured` socket storage, which a sock_diag dump shows on request; or they
+are the agent's ends of outbound connections, which have the agent's mark and
+an address that is not of this netns.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ import errno
 import socket
 import struct
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Final
 
+from meshbpf.agent.datapath import rtnetlink
+from meshbpf.agent.datapath.codecs import IPAddress
 from meshbpf.agent.datapath.netlink import Netlink, NetlinkError, attributes, nested, u32
 from meshbpf.agent.datapath.netns import Netns
+from meshbpf.bpf import AGENT_MARK, STEER_MARK, STEER_MASK
 
 # Names of include/uapi/linux/{sock_diag,inet_diag}.h.
 _SOCK_DIAG_BY_FAMILY: Final = 20
@@ -39,6 +45,7 @@ _ROUNDS: Final = 4
 class _Connection:
     family: int
     identity: bytes  # struct inet_diag_sockid with the socket's cookie
+    local: IPAddress
     mark: int
     captured: bool
 
@@ -61,6 +68,7 @@ def _connections(nl: Netlink, captured_map_fd: int) -> list[_Connection]:
                 _Connection(
                     family=reply[0],
                     identity=reply[4 : 4 + _ID_BYTES],
+                    local=ip_address(reply[8 : 8 + (4 if family == socket.AF_INET else 16)]),
                     mark=0 if mark is None else struct.unpack("I", mark)[0],
                     captured=bool(attributes(parts.get(_INET_DIAG_SK_BPF_STORAGES, b""))),
                 )
@@ -68,21 +76,27 @@ def _connections(nl: Netlink, captured_map_fd: int) -> list[_Connection]:
     return found
 
 
-def destroy_steered(netns: Netns, captured_map_fd: int, mark: int, mask: int) -> int:
-    """End every connection that carries `mark` or the storage; how many ended.
+def destroy_steered(netns: Netns, captured_map_fd: int) -> int:
+    """End every connection that steering took inside; how many ended.
 
     Both ends see a reset. A socket that ends meanwhile by itself is no error.
     NetlinkError EOPNOTSUPP on a kernel without CONFIG_INET_DIAG_DESTROY.
     """
+    with rtnetlink.route(netns) as nl:
+        own = {one.ip for one in rtnetlink.addresses(nl)}
+
+    def is_steered(one: _Connection) -> bool:
+        return (
+            one.captured
+            or one.mark & STEER_MASK == STEER_MARK
+            or (one.mark == AGENT_MARK and one.local not in own)
+        )
+
     ended = 0
     with Netlink(netns, _NETLINK_SOCK_DIAG) as nl:
         # A connection accepted while we list shows up in the next round.
         for _ in range(_ROUNDS):
-            steered = [
-                one
-                for one in _connections(nl, captured_map_fd)
-                if one.captured or one.mark & mask == mark
-            ]
+            steered = list(filter(is_steered, _connections(nl, captured_map_fd)))
             if not steered:
                 break
             for one in steered:

@@ -60,10 +60,16 @@ def opened(name: str | Path) -> Iterator[Netns]:
         netns.close()
 
 
+def _no_dad(name: str) -> None:
+    """Link-local addresses are usable at once: neighbours are asked from them."""
+    sysctl(name, "net/ipv6/conf/default/accept_dad", "0")
+
+
 def add_pod(name: str, number: int, host: str = HOST) -> None:
     """A namespace with eth0, one address of each family, and routes both ways."""
     v4, v6, veth = f"198.18.41.{number}", f"fd00:6d62:41::{number}", f"{TAG}v{number}"
     run("ip", "netns", "add", name)
+    _no_dad(name)
     ip(name, "link", "set", "lo", "up")
     run("ip", "link", "add", veth, "netns", host, "type", "veth", "peer", "eth0", "netns", name)
     ip(name, "addr", "add", f"{v4}/32", "dev", "eth0")
@@ -84,8 +90,16 @@ def remove(name: str) -> None:
     subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False, timeout=10)
 
 
+def remove_pod(name: str, number: int, host: str = HOST) -> None:
+    """As a CNI does it: the veth pair first, whose end with the namespace may take long."""
+    argv = ["ip", "-n", host, "link", "del", f"{TAG}v{number}"]
+    subprocess.run(argv, capture_output=True, check=False, timeout=10)
+    remove(name)
+
+
 def add_host(name: str = HOST) -> None:
     run("ip", "netns", "add", name)
+    _no_dad(name)
     ip(name, "link", "set", "lo", "up")
     sysctl(name, "net/ipv4/ip_forward", "1")
     sysctl(name, "net/ipv6/conf/all/forwarding", "1")

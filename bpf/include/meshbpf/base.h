@@ -23,7 +23,7 @@
 
 #define map_handle(number) ((void *)bpf_pseudo_fd(1, (number)))
 #define map_find(number, key) bpf_map_lookup_elem_((u64)bpf_pseudo_fd(1, (number)), (key))
-#define map_put(number, key, value) \
+#define map_put(number, key, value)                                                                \
     bpf_map_update_elem_((u64)bpf_pseudo_fd(1, (number)), (key), (value), BPF_ANY)
 
 #define TEXT_OF_(x) #x

@@ -41,20 +41,8 @@ struct packet {
     u8 is_v6;
 };
 
-INLINE enum kind read_tcp(struct __sk_buff *skb, struct packet *p)
-{
-    struct tcphdr tcp;
-
-    if (bpf_skb_load_bytes(skb, p->tcp_offset, &tcp, sizeof(tcp)))
-        return OPAQUE; // shorter than a TCP header: no stack accepts it either
-    p->flow.source_port = tcp.source;
-    p->flow.destination_port = tcp.dest;
-    p->sequence = tcp.seq;
-    p->flags = ((u8 *)&tcp)[13];
-    return TCP;
-}
-
-INLINE enum kind read_v4(struct __sk_buff *skb, struct packet *p)
+// Of these two, TCP means that there is a TCP header at tcp_offset, not read yet.
+INLINE enum kind find_v4(struct __sk_buff *skb, struct packet *p)
 {
     struct iphdr ip;
 
@@ -63,19 +51,17 @@ INLINE enum kind read_v4(struct __sk_buff *skb, struct packet *p)
     map_v4(&p->flow.source, ip.saddr);
     map_v4(&p->flow.destination, ip.daddr);
     p->is_v6 = 0;
+    p->tcp_offset = ETH_HLEN + ip.ihl * 4;
     if (ip.protocol != IPPROTO_TCP)
         return NOT_TCP;
-    if (ip.frag_off & IPV4_FRAGMENT)
-        return OPAQUE;
-    p->tcp_offset = ETH_HLEN + ip.ihl * 4;
-    return read_tcp(skb, p);
+    return ip.frag_off & IPV4_FRAGMENT ? OPAQUE : TCP;
 }
 
-INLINE enum kind read_v6(struct __sk_buff *skb, struct packet *p)
+INLINE enum kind find_v6(struct __sk_buff *skb, struct packet *p)
 {
     struct ipv6hdr ip;
-    u8 next;
     u32 offset = ETH_HLEN + sizeof(ip);
+    u8 next;
     int i;
 
     if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)))
@@ -84,44 +70,43 @@ INLINE enum kind read_v6(struct __sk_buff *skb, struct packet *p)
     __builtin_memcpy(&p->flow.destination, &ip.daddr, 16);
     p->is_v6 = 1;
     next = ip.nexthdr;
-    if (next == IPPROTO_TCP) { // nearly always
-        p->tcp_offset = offset;
-        return read_tcp(skb, p);
-    }
-#pragma unroll
-    for (i = 0; i < MAX_EXTENSIONS; i++) {
+#pragma clang loop unroll(disable)
+    for (i = 0; i < MAX_EXTENSIONS && next != IPPROTO_TCP; i++) {
         u8 extension[4];
 
-        if (next == IPPROTO_TCP) {
-            p->tcp_offset = offset;
-            return read_tcp(skb, p);
-        }
         if (next != IPPROTO_HOPOPTS && next != IPPROTO_ROUTING && next != IPPROTO_DSTOPTS &&
             next != IPPROTO_FRAGMENT)
             return NOT_TCP;
         if (bpf_skb_load_bytes(skb, offset, extension, sizeof(extension)))
             return OPAQUE;
-        if (next == IPPROTO_FRAGMENT) {
-            u16 *position = (u16 *)&extension[2];
-
-            if (*position & IPV6_FRAGMENT)
-                return OPAQUE;
-            offset += 8;
-        } else {
-            offset += (extension[1] + 1) * 8;
-        }
+        if (next == IPPROTO_FRAGMENT && (*(u16 *)&extension[2] & IPV6_FRAGMENT))
+            return OPAQUE;
+        // Others have their length here, in units of 8 beyond the first.
+        offset += next == IPPROTO_FRAGMENT ? 8 : (extension[1] + 1) * 8;
         next = extension[0];
     }
-    return OPAQUE;
+    p->tcp_offset = offset;
+    return next == IPPROTO_TCP ? TCP : OPAQUE;
 }
 
 INLINE enum kind read_packet(struct __sk_buff *skb, struct packet *p)
 {
+    enum kind kind = NOT_TCP;
+    struct tcphdr tcp;
+
     if (skb->protocol == bpf_htons(ETH_P_IP))
-        return read_v4(skb, p);
-    if (skb->protocol == bpf_htons(ETH_P_IPV6))
-        return read_v6(skb, p);
-    return NOT_TCP;
+        kind = find_v4(skb, p);
+    else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+        kind = find_v6(skb, p);
+    if (kind != TCP)
+        return kind;
+    if (bpf_skb_load_bytes(skb, p->tcp_offset, &tcp, sizeof(tcp)))
+        return OPAQUE; // shorter than a TCP header: no stack accepts it either
+    p->flow.source_port = tcp.source;
+    p->flow.destination_port = tcp.dest;
+    p->sequence = tcp.seq;
+    p->flags = ((u8 *)&tcp)[13];
+    return TCP;
 }
 
 // Opens a connection, whatever other flags ride along.
