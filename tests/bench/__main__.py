@@ -33,10 +33,11 @@ def main() -> int:
     load_average = os.getloadavg()[0]
     samples: list[rig.Sample] = []
     failures = 0
+    tasks = [task for task in load.TASKS if task.name in options.tasks]
     with rig.standing(options.tag, build, options.family) as lanes:
         for round_number in range(options.rounds):
             start = round_number % len(lanes)
-            for task in load.TASKS:
+            for task in tasks:
                 for lane in lanes[start:] + lanes[:start]:
                     try:
                         sample = rig.take(lane, task, round_number, options.seconds, options.family)
@@ -77,6 +78,13 @@ def _options() -> argparse.Namespace:
         metavar="PATH",
         default=os.environ.get("ZTUNNEL", ""),
         help="measure this build beside meshbpf; default: $ZTUNNEL",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=lambda text: text.split(","),
+        default=[task.name for task in load.TASKS],
+        metavar="NAME,...",
+        help=f"of {', '.join(task.name for task in load.TASKS)}; all by default",
     )
     parser.add_argument("--family", type=int, choices=(4, 6), default=4)
     parser.add_argument("--output", type=Path, help=f"default: {PAGE.relative_to(ROOT)}")

@@ -77,7 +77,8 @@ def page(samples: Sequence[Sample], facts: Sequence[tuple[str, str]], command: s
         "[performance.md](../performance.md).",
         table(("", ""), facts),
     ]
-    for task in TASKS:
+    measured = {sample.task for sample in samples}
+    for task in [each for each in TASKS if each.name in measured]:
         parts += [f"## {task.title}", _figures(samples, task)]
     if any(sample.mesh == THEIRS for sample in samples):
         parts += ["## Beside ztunnel", *_beside(samples)]
