@@ -104,11 +104,11 @@ class Settings:
         _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
         _one_of("log-level", self.log_level, get_args(LogLevel))
         _one_of("log-format", self.log_format, get_args(LogFormat))
-        _between("cert-ttl", self.cert_ttl_s, 2.0, 366 * 86400.0)
-        _between("lease", self.lease_s, 0.0, 86400.0)
+        _between("cert-ttl", self.cert_ttl_s, 2.0, 366 * _UNIT_S["d"], "2s to 366d")
+        _between("lease", self.lease_s, 0.0, _UNIT_S["d"], "0s to 1d")
         # Three beats of 100 ms must fit, or a busy moment looks like a death.
-        _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0)
-        _between("readiness-port", self.readiness_port, 1, 65535)
+        _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0, "300ms to 60s")
+        _between("readiness-port", self.readiness_port, 1, 65535, "1 to 65535")
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Settings:
@@ -177,6 +177,6 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise _bad(option, value, f"one of: {', '.join(allowed)}")
 
 
-def _between(option: str, value: float, low: float, high: float) -> None:
+def _between(option: str, value: float, low: float, high: float, told: str) -> None:
     if not math.isfinite(value) or not low <= value <= high:
-        raise _bad(option, value, f"from {low:g} to {high:g}")
+        raise _bad(option, value, f"from {told}")

@@ -37,7 +37,7 @@ from meshbpf.agent.config import Settings
 from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.runtime import logs, readiness
+from meshbpf.agent.runtime import attachments, logs, readiness
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.logs import Log, LogWriter
@@ -99,6 +99,7 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
     state = source.load()
     state_dir = StateDir.open(settings.state_dir)
     stack.callback(state_dir.close)
+    attachments.load(state_dir.attachments)  # a broken record, before anything is touched
     readiness_listener = readiness.open_listener(settings.readiness_port)
     stack.callback(readiness_listener.close)
     control = ControlServer(state_dir.control_socket)

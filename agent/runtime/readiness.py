@@ -135,7 +135,16 @@ async def _exchange(stream: trio.SocketStream, readiness: Readiness) -> None:
         ("content-length", str(len(answer.body))),
         ("connection", "close"),
     ]
-    head = http.send(h11.Response(status_code=answer.status.value, headers=headers)) or b""
+    head = (
+        http.send(
+            h11.Response(
+                status_code=answer.status.value,
+                headers=headers,
+                reason=answer.status.phrase.encode(),
+            )
+        )
+        or b""
+    )
     # h11 lets a HEAD request's body through only when it is empty.
     body = b"" if request.method == b"HEAD" else http.send(h11.Data(data=answer.body)) or b""
     await stream.send_all(head + body)
