@@ -11,7 +11,6 @@ import logging
 import socket
 
 import trio
-from h2.errors import ErrorCodes
 
 from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.authz import ConnectionFacts
@@ -140,8 +139,7 @@ class Inbound:
             finally:
                 if stream.failure:
                     live.error = live.error or stream.failure
-                # Not 0: a policy that cuts a stream is no orderly end.
-                stream.abandon(ErrorCodes.REFUSED_STREAM if live.denied else ErrorCodes.CANCEL)
+                stream.abandon()
 
     def _route(
         self, request: RequestReceived, workload: Workload | None, listener: SocketAddress
@@ -183,7 +181,7 @@ class Inbound:
             await stream.relay(app)
             live.finished = True
         finally:
-            stream.abandon(ErrorCodes.REFUSED_STREAM if live.denied else ErrorCodes.CANCEL)
+            stream.abandon()
             hang_up(app, finished=live.finished)
 
     # --- plaintext ----------------------------------------------------------

@@ -120,13 +120,13 @@ class TunnelStream:
         self._fail(f"the app's connection broke: {error.strerror or error}")
         self.tunnel.reset_stream(self, ErrorCodes.CONNECT_ERROR)
 
-    def abandon(self, error_code: ErrorCodes = ErrorCodes.CANCEL) -> None:
+    def abandon(self) -> None:
         """The owner leaves, whatever the state: nothing of the stream stays behind.
 
         Call before the app's socket is closed.
         """
-        if not (self._local_ended and self._remote_ended):
-            self.tunnel.reset_stream(self, error_code)
+        if not self.complete:
+            self.tunnel.reset_stream(self, ErrorCodes.CANCEL)
         app, self._app = self._app, None
         if app is not None and self._draining:
             trio.lowlevel.notify_closing(app)

@@ -109,7 +109,20 @@ async def test_a_peer_that_falls_silent_ends_the_tunnel(
         # The peer's process hangs: its kernel still takes the bytes.
         monkeypatch.setattr(theirs, "_process", lambda: None)
         monkeypatch.setattr(theirs, "_send_control", lambda: None)
-        await expect_reset(client, within_s=3)
+        await expect_reset(client, within_s=10)
+
+
+async def test_a_tunnel_that_died_unnoticed_costs_no_connection(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig.listen() as listener:
+        await exchange(rig, listener)
+        (theirs,) = [each for each in _live_tunnels() if each._server]
+        # What the client learns only when it asks for a stream.
+        monkeypatch.setattr(theirs, "_on_request", lambda tunnel, *_: tunnel.close("gone"))
+        await exchange(rig, listener)
+    assert rig.client.pod.pool.statistics().dialed == 2
+    assert rig.client.connections.statistics().failed == 0
 
 
 async def test_the_end_of_a_forwarder_reaches_all_peers_within_two_seconds(rig: Rig) -> None:
