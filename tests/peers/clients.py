@@ -7,6 +7,7 @@ called. Programs that have to be built are built into .cache/, once.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -98,7 +99,14 @@ def go_client() -> Http2Client | None:
 def _build(argv: Sequence[str], directory: Path) -> None:
     CACHE.mkdir(exist_ok=True)
     done = subprocess.run(
-        argv, cwd=directory, capture_output=True, text=True, timeout=BUILD_LIMIT_S, check=False
+        argv,
+        cwd=directory,
+        # Go keeps its caches below HOME, which a service or a container may lack.
+        env={"HOME": str(CACHE), **os.environ},
+        capture_output=True,
+        text=True,
+        timeout=BUILD_LIMIT_S,
+        check=False,
     )
     if done.returncode:
         raise BedError(f"{' '.join(argv)}:\n{done.stderr}")
