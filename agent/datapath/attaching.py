@@ -98,6 +98,8 @@ class Attacher:
             self._put_in_place(after, pod.netns)
         except BaseException:
             pod_maps.change(after, before)
+            added = [point for point in after.points if point not in before.points]
+            self.records.put(msgspec.structs.replace(before, points=(*before.points, *added)))
             raise
         for point in gone:
             links.drop_point(self.pins, after.index, point, pod.netns)
@@ -105,17 +107,11 @@ class Attacher:
         self.records.put(after)
         return after
 
-    def restore(self, record: PodRecord) -> None:
+    def restore(self, record: PodRecord, netns: Netns) -> None:
         """After a start: hooks of another schema get this one's programs. No listeners yet."""
-        netns = self.netns_of(record)
-        if netns is None:
-            return
-        try:
-            PodMaps(self.maps).fill(record)
-            self._put_in_place(record, netns)
-            PodMaps(self.maps).start_connect_hook(record)
-        finally:
-            netns.close()
+        PodMaps(self.maps).fill(record)
+        self._put_in_place(record, netns)
+        PodMaps(self.maps).start_connect_hook(record)
 
     def netns_of(self, record: PodRecord) -> Netns | None:
         """The pod's netns, None when it is gone. The caller closes it."""

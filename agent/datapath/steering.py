@@ -79,6 +79,8 @@ class Steering:
             for group, network in map(codecs.read_prefix, self._maps["mesh"].keys())
             if group == _GROUP
         }
+        self.problems: tuple[str, ...] = ()
+        """Pods found at `open` that could not be taken over fully, and why."""
         self.capture_in_force = capture_in_force
         """`connect+tc` or `tc`."""
         self.capture_reason = capture_reason
@@ -130,12 +132,24 @@ class Steering:
         return self
 
     def _take_over(self) -> None:
+        problems = []
         for record in list(self._records):
-            if record.phase is Phase.ATTACHED:
-                self._attacher.restore(record)
-            else:
-                self._remove(record)
-        self._pins.remove_foreign()
+            netns = self._attacher.netns_of(record)
+            try:
+                if record.phase is Phase.ATTACHED and netns is not None:
+                    self._attacher.restore(record, netns)
+                else:
+                    self._attacher.remove(record, netns)
+            except MeshbpfError as error:
+                # One pod that lost an interface must not keep the others from
+                # an agent; attaching or detaching it will tell, or repair.
+                problems.append(f"{record.key}: {error.what}")
+            finally:
+                if netns is not None:
+                    netns.close()
+        if not problems:
+            self._pins.remove_foreign()
+        self.problems = tuple(problems)
 
     # --- pods ---------------------------------------------------------------
 

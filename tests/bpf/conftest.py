@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -50,26 +51,26 @@ def _namespaces() -> Iterator[None]:
             lab.remove(name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def in_host(_namespaces: None) -> Iterator[Netns]:
-    """The test's thread is in the host namespace."""
+    """The test's thread is in the host namespace, until the module's end."""
     with lab.opened(lab.HOST) as host, host.entered():
         yield host
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pod(in_host: Netns) -> Iterator[Netns]:
     with lab.opened(lab.POD) as netns:
         yield netns
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def peer(in_host: Netns) -> Iterator[Netns]:
     with lab.opened(lab.PEER) as netns, lab.app(netns, "peer"):
         yield netns
 
 
-@pytest.fixture(params=["auto", "tc", "clsact"])
+@pytest.fixture(scope="module", params=["auto", "tc", "clsact"])
 def capture(request: pytest.FixtureRequest) -> str:
     """Connect hooks over TC; TC alone; TC alone by clsact filters, as before 6.6."""
     mode: str = request.param
@@ -79,9 +80,8 @@ def capture(request: pytest.FixtureRequest) -> str:
 Open = Callable[..., Steering]
 
 
-@pytest.fixture
-def open_steering(in_host: Netns, cache_dir: Path) -> Iterator[Open]:
-    """Opens a Steering; at the end each agent id that was opened is destroyed."""
+@contextlib.contextmanager
+def _opener(cache_dir: Path) -> Iterator[Open]:
     opened: dict[str, Steering] = {}
 
     def do_open(agent_id: str = "", mode: str = "auto", **more: object) -> Steering:
@@ -96,21 +96,30 @@ def open_steering(in_host: Netns, cache_dir: Path) -> Iterator[Open]:
         opened[agent_id] = steering
         return steering
 
-    yield do_open
-    for steering in opened.values():
-        steering.destroy()
+    try:
+        yield do_open
+    finally:
+        for steering in opened.values():
+            steering.destroy()
+
+
+@pytest.fixture
+def open_steering(in_host: Netns, cache_dir: Path) -> Iterator[Open]:
+    """Opens a Steering; at the end each agent id that was opened is destroyed."""
+    with _opener(cache_dir) as opener:
+        yield opener
 
 
 @pytest.fixture
 def steering(open_steering: Open, capture: str) -> Steering:
+    """One that is the test's own, with the mesh in its map."""
     made = open_steering(mode=capture)
     made.set_mesh(lab.MESH)
     return made
 
 
-@pytest.fixture
-def agent(steering: Steering, pod: Netns) -> Iterator[TinyAgent]:
-    """The pod is attached, an app runs in it, and a tiny agent serves it."""
+@contextlib.contextmanager
+def _agent(steering: Steering, pod: Netns) -> Iterator[TinyAgent]:
     tiny = TinyAgent(steering, pod)
     tiny.start()
     try:
@@ -119,3 +128,26 @@ def agent(steering: Steering, pod: Netns) -> Iterator[TinyAgent]:
             yield tiny
     finally:
         tiny.stop()
+
+
+@pytest.fixture
+def own_agent(steering: Steering, pod: Netns) -> Iterator[TinyAgent]:
+    """The pod is attached, an app runs in it, and a tiny agent of the test's own serves it."""
+    with _agent(steering, pod) as tiny:
+        yield tiny
+
+
+@pytest.fixture(scope="module")
+def _shared_agent(cache_dir: Path, capture: str, pod: Netns) -> Iterator[TinyAgent]:
+    with _opener(cache_dir) as opener, _agent(opener(mode=capture), pod) as tiny:
+        yield tiny
+
+
+@pytest.fixture
+def agent(_shared_agent: TinyAgent) -> Iterator[TinyAgent]:
+    """As `own_agent`, but the module's: brought back to its settings after the test."""
+    _shared_agent.steering.set_mesh(lab.MESH)
+    yield _shared_agent
+    _shared_agent.wake()
+    wanted = PodSteering("ns/pod", _shared_agent.netns)
+    _shared_agent.steering.attach(wanted, _shared_agent.listeners)

@@ -250,6 +250,7 @@ class TinyAgent:
     lease_s: float = 60
     listeners: dict[tuple[Role, int], socket.socket] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
+    _hung: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def start(self) -> None:
@@ -267,7 +268,20 @@ class TinyAgent:
 
     def _beat(self) -> None:
         while not self._stop.wait(0.1):
+            if not self._hung.is_set():
+                self.steering.beat(lease_s=self.lease_s)
+
+    def hang(self) -> None:
+        """No beats from here on, and the last one was long ago."""
+        self._hung.set()
+        time.sleep(0.02)  # for a beat under way
+        self.steering._heart[0] = 0
+
+    def wake(self) -> None:
+        """Beat again."""
+        if self._hung.is_set():
             self.steering.beat(lease_s=self.lease_s)
+            self._hung.clear()
 
     def _answer(self, role: Role) -> object:
         def answer(sock: socket.socket, client: tuple[str, int]) -> None:

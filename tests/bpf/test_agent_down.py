@@ -26,6 +26,13 @@ HEARTBEAT_LIMIT_S = 0.5
 Start = Callable[..., subprocess.Popen[str]]
 
 
+@pytest.fixture(scope="module", params=["auto", "tc"])
+def capture(request: pytest.FixtureRequest) -> str:
+    """Clsact filters and tcx links hold the same programs: what is told here is told of both."""
+    mode: str = request.param
+    return mode
+
+
 @pytest.fixture
 def agent_id() -> str:
     return f"st-killed-{os.getpid()}-{time.monotonic_ns()}"

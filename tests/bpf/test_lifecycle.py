@@ -159,48 +159,50 @@ def test_a_failing_attach_leaves_no_trace(
     assert settles(lambda: programs_using(maps), idle)
 
 
-def test_a_second_attach_changes_nothing_and_cuts_nothing(agent: TinyAgent, peer: Netns) -> None:
-    first, before = agent.steering.attached(), traces(agent.netns)
-    with agent.netns.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+def test_a_second_attach_changes_nothing_and_cuts_nothing(
+    own_agent: TinyAgent, peer: Netns
+) -> None:
+    first, before = own_agent.steering.attached(), traces(own_agent.netns)
+    with own_agent.netns.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
         sock.settimeout(2)
         sock.connect((lab.MESH_V4, 80))
-        agent.steering.attach(PodSteering("ns/pod", agent.netns), agent.listeners)
+        own_agent.steering.attach(PodSteering("ns/pod", own_agent.netns), own_agent.listeners)
         sock.sendall(b"hello")
         assert sock.recv(100).startswith(b"OUTBOUND")
-    assert agent.steering.attached() == first
-    assert traces(agent.netns) == before
+    assert own_agent.steering.attached() == first
+    assert traces(own_agent.netns) == before
     assert dial(peer, lab.POD_V4).startswith("INBOUND")
 
 
-def test_a_second_attach_may_change_the_fail_mode(agent: TinyAgent, peer: Netns) -> None:
-    agent.steering.attach(
-        PodSteering("ns/pod", agent.netns, on_agent_down=OnAgentDown.OPEN), agent.listeners
+def test_a_second_attach_may_change_the_fail_mode(own_agent: TinyAgent, peer: Netns) -> None:
+    own_agent.steering.attach(
+        PodSteering("ns/pod", own_agent.netns, on_agent_down=OnAgentDown.OPEN), own_agent.listeners
     )
-    (found,) = agent.steering.attached()
+    (found,) = own_agent.steering.attached()
     assert found.on_agent_down is OnAgentDown.OPEN
-    agent.stop()
+    own_agent.stop()
     assert dial(peer, lab.POD_V4) == f"app pod saw {lab.PEER_V4}"
 
 
 def test_a_second_attach_that_fails_leaves_the_pod_as_it_was(
-    agent: TinyAgent, peer: Netns, monkeypatch: pytest.MonkeyPatch
+    own_agent: TinyAgent, peer: Netns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise MeshbpfError("made-up", "the step failed")
 
-    before = agent.steering.attached()
+    before = own_agent.steering.attached()
     monkeypatch.setattr(attaching.links, "hold_point", fail)
-    wanted = PodSteering("ns/pod", agent.netns, exempt_ports=frozenset({80}))
+    wanted = PodSteering("ns/pod", own_agent.netns, exempt_ports=frozenset({80}))
     with pytest.raises(MeshbpfError, match="the step failed"):
-        agent.steering.attach(wanted, agent.listeners)
+        own_agent.steering.attach(wanted, own_agent.listeners)
     monkeypatch.undo()
-    assert agent.steering.attached() == before
+    assert own_agent.steering.attached() == before
     assert dial(peer, lab.POD_V4).startswith("INBOUND")
 
 
-def test_a_namespace_is_attached_under_one_name_only(agent: TinyAgent) -> None:
+def test_a_namespace_is_attached_under_one_name_only(own_agent: TinyAgent) -> None:
     with pytest.raises(MeshbpfError) as caught:
-        agent.steering.attach(PodSteering("ns/other", agent.netns), agent.listeners)
+        own_agent.steering.attach(PodSteering("ns/other", own_agent.netns), own_agent.listeners)
     assert caught.value.code == "netns-attached"
 
 
@@ -271,25 +273,27 @@ def test_direct_connections_survive_attach_and_detach(
 
 
 @pytest.mark.parametrize("mesh", [lab.PEER_V4, lab.PEER_V6], ids=["v4", "v6"])
-def test_captured_connections_end_at_a_detach_and_leak_nothing(agent: TinyAgent, mesh: str) -> None:
-    agent.steering.set_mesh(lab.PEER_IN_MESH)
+def test_captured_connections_end_at_a_detach_and_leak_nothing(
+    own_agent: TinyAgent, mesh: str
+) -> None:
+    own_agent.steering.set_mesh(lab.PEER_IN_MESH)
     with (
         lab.wiretap(f"{lab.TAG}v1") as seen,
-        agent.netns.socket(lab.family_of(mesh), socket.SOCK_STREAM) as sock,
+        own_agent.netns.socket(lab.family_of(mesh), socket.SOCK_STREAM) as sock,
     ):
         sock.settimeout(2)
         sock.connect((mesh, 80))
-        agent.steering.detach("ns/pod")
+        own_agent.steering.detach("ns/pod")
         with pytest.raises(OSError, match=r"abort|reset|Broken pipe"):
             sock.sendall(b"secret")
     assert [data for *_, data in seen if data] == []
 
 
 def test_connections_to_the_app_end_at_a_detach_and_leak_nothing(
-    agent: TinyAgent, peer: Netns
+    own_agent: TinyAgent, peer: Netns
 ) -> None:
     """The app would answer the client, whose address the agent had borrowed."""
-    listener = agent.netns.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener = own_agent.netns.socket(socket.AF_INET, socket.SOCK_STREAM)
     with listener, lab.wiretap(f"{lab.TAG}v1") as seen:
         listener.bind(("0.0.0.0", 8083))
         listener.listen()
@@ -298,7 +302,7 @@ def test_connections_to_the_app_end_at_a_detach_and_leak_nothing(
             server, address = listener.accept()
             with server:
                 assert address[0] == lab.PEER_V4
-                agent.steering.detach("ns/pod")
+                own_agent.steering.detach("ns/pod")
                 with pytest.raises(OSError, match=r"abort|reset|Broken pipe"):
                     server.sendall(b"secret")
     assert [data for *_, data in seen if b"secret" in data] == []
@@ -352,8 +356,64 @@ def test_a_pod_that_came_back_in_another_namespace_takes_the_old_ones_place(
     assert found.cookie == cookies[1] != cookies[0]
 
 
+def test_a_pod_whose_namespace_went_while_no_agent_ran_is_forgotten(
+    open_steering: Open, capture: str, short_lived: str
+) -> None:
+    first = open_steering(mode=capture)
+    name = first._pins.agent.name
+    with lab.opened(short_lived) as netns:
+        tiny = TinyAgent(first, netns)
+        tiny.start()
+        first.attach(PodSteering("ns/short", netns), tiny.listeners)
+        tiny.stop()
+    first.close()
+    lab.remove_pod(short_lived, 3)
+    second = open_steering(name, mode=capture)
+    assert second.attached() == ()
+    assert second.problems == ()
+    assert list(second._pins.directory.glob("links/*")) == []
+
+
+def test_a_pod_that_lost_an_interface_does_not_keep_an_agent_from_starting(
+    open_steering: Open, capture: str, short_lived: str
+) -> None:
+    first = open_steering(mode=capture)
+    name = first._pins.agent.name
+    with lab.opened(short_lived) as netns:
+        tiny = TinyAgent(first, netns)
+        tiny.start()
+        first.attach(PodSteering("ns/short", netns), tiny.listeners)
+        tiny.stop()
+        first.close()
+        lab.ip(lab.HOST, "link", "del", f"{lab.TAG}v3")
+        second = open_steering(name, mode=capture)
+        assert [one.key for one in second.attached()] == ["ns/short"]
+        (problem,) = second.problems
+        assert problem.startswith("ns/short: ")
+        second.detach("ns/short")
+        assert second.attached() == ()
+
+
+def test_an_agent_may_come_back_in_the_other_capture_mode(open_steering: Open, pod: Netns) -> None:
+    agent_id = f"st-modes-{os.getpid()}"
+    listeners = lab.open_listeners(pod)
+    for mode, hooks in (("auto", ["connect4", "connect6"]), ("tc", []), ("auto", None)):
+        made = open_steering(agent_id, mode=mode)
+        made.set_mesh(lab.MESH)
+        made.beat(lease_s=60)
+        made.attach(PodSteering("ns/pod", pod), listeners)
+        found = sorted(path.name for path in made._pins.cgroup().iterdir())
+        assert found == (hooks if hooks is not None else ["connect4", "connect6"])
+        assert made.capture_in_force == ("tc" if mode == "tc" else "connect+tc")
+        with pod.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+            sock.settimeout(2)
+            sock.connect((lab.MESH_V4, 80))
+    for sock in listeners.values():
+        sock.close()
+
+
 def test_two_agents_share_a_host_and_do_not_mix(
-    agent: TinyAgent, open_steering: Open, capture: str, short_lived: str
+    own_agent: TinyAgent, open_steering: Open, capture: str, short_lived: str
 ) -> None:
     second = open_steering(mode=capture)
     second.set_mesh(lab.PEER_IN_MESH)
@@ -363,27 +423,27 @@ def test_two_agents_share_a_host_and_do_not_mix(
         second.attach(PodSteering("ns/short", netns), tiny.listeners)
         try:
             assert dial(netns, lab.PEER_V4).startswith("OUTBOUND")
-            assert dial(agent.netns, lab.MESH_V4).startswith("OUTBOUND")
+            assert dial(own_agent.netns, lab.MESH_V4).startswith("OUTBOUND")
             tiny.stop()
             assert dial(netns, lab.PEER_V4) == "ECONNREFUSED"
-            assert dial(agent.netns, lab.MESH_V4).startswith("OUTBOUND")
+            assert dial(own_agent.netns, lab.MESH_V4).startswith("OUTBOUND")
         finally:
             tiny.stop()
     second.destroy()
-    assert dial(agent.netns, lab.MESH_V4).startswith("OUTBOUND")
+    assert dial(own_agent.netns, lab.MESH_V4).startswith("OUTBOUND")
 
 
 def test_an_upgrade_replaces_programs_link_by_link_and_keeps_connections(
-    agent: TinyAgent, capture: str, open_steering: Open, monkeypatch: pytest.MonkeyPatch
+    own_agent: TinyAgent, capture: str, open_steering: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = agent.steering
+    old = own_agent.steering
     real = steering.compile_catalogue
 
     def other_schema(cache_dir: Path) -> object:
         return dataclasses.replace(real(cache_dir), schema="0123456789abcdef")
 
     monkeypatch.setattr(steering, "compile_catalogue", other_schema)
-    with agent.netns.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
+    with own_agent.netns.socket(socket.AF_INET6, socket.SOCK_STREAM) as sock:
         sock.settimeout(2)
         sock.connect((lab.MESH_V6, 80))
         new = open_steering(old._pins.agent.name, mode=capture)
@@ -391,10 +451,10 @@ def test_an_upgrade_replaces_programs_link_by_link_and_keeps_connections(
         # The old agent lives on until its own end, and so do its listeners.
         sock.sendall(b"hello")
         assert sock.recv(100).startswith(b"OUTBOUND")
-    assert dial(agent.netns, lab.MESH_V4).startswith("OUTBOUND")
+    assert dial(own_agent.netns, lab.MESH_V4).startswith("OUTBOUND")
     assert [one.key for one in new.attached()] == ["ns/pod"]
     new.detach("ns/pod")
-    assert dial(agent.netns, lab.POD_V4) == f"app pod saw {lab.POD_V4}"
+    assert dial(own_agent.netns, lab.POD_V4) == f"app pod saw {lab.POD_V4}"
 
 
 def test_an_attach_that_a_crash_cut_short_is_undone_by_the_next_agent(

@@ -79,16 +79,17 @@ def decided(steering: Steering, name: str) -> int:
 
 
 def test_packets_under_a_foreign_source_do_not_leave_the_veth(agent: TinyAgent) -> None:
-    received = _udp(lab.HOST_V4)
-    with received:
+    before = agent.steering.statistics()
+    with _udp(lab.HOST_V4) as received:
         for source in ("198.18.41.77", lab.POD_V4):
             payload = struct.pack("!HHHH", 5000, 5001, 8 + 4, 0) + b"data"
             send(agent.netns, ipv4(source, lab.HOST_V4, payload, kind=17))
         assert received.recvfrom(100)[1][0] == lab.POD_V4
-    pods = agent.steering.statistics().pods
-    assert pods["ns/pod"].spoofed_packets == 1
-    assert decided(agent.steering, "spoofed_source") == 1
-    assert pods["ns/pod"].from_pod_packets >= 2
+    after = agent.steering.statistics()
+    counted = after.pods["ns/pod"].spoofed_packets - before.pods["ns/pod"].spoofed_packets
+    assert counted == 1
+    assert after.decisions["spoofed_source"] == before.decisions["spoofed_source"] + 1
+    assert after.pods["ns/pod"].from_pod_packets >= before.pods["ns/pod"].from_pod_packets + 2
 
 
 def test_ipv6_packets_under_a_foreign_source_do_not_leave_the_veth(agent: TinyAgent) -> None:
@@ -129,11 +130,12 @@ def test_a_syn_in_fragments_does_not_reach_the_mesh(agent: TinyAgent, version: i
             ipv6(lab.POD_V6, lab.PEER_V6, _fragment(0, True) + whole[:8], kind=44),
             ipv6(lab.POD_V6, lab.PEER_V6, _fragment(1, False) + whole[8:], kind=44),
         ]
+    before = decided(agent.steering, "opaque")
     with lab.wiretap(f"{lab.TAG}v1") as seen:
         for part in parts:
             with pytest.raises(OSError, match="No buffer space"):  # so a drop is told
                 send(agent.netns, part)
-    assert decided(agent.steering, "opaque") == 2
+    assert decided(agent.steering, "opaque") == before + 2
     assert seen == []
 
 
@@ -209,10 +211,48 @@ def test_connections_that_a_pod_forwards_are_captured(
 def test_connections_that_a_pod_forwards_are_refused_at_once_without_an_agent(
     agent: TinyAgent, inner: Netns, mesh: str
 ) -> None:
-    agent.stop()
+    agent.hang()
     began = time.monotonic()
     assert dial(inner, mesh) == "ECONNREFUSED"
     assert time.monotonic() - began < 1
+
+
+@pytest.fixture
+def fast_open(agent: TinyAgent) -> Iterator[None]:
+    """Data in the SYN, without a cookie: the client's side of it alone."""
+    name = "net/ipv4/tcp_fastopen"
+    lab.sysctl(lab.POD, name, str(0x5))
+    yield
+    lab.sysctl(lab.POD, name, "1")
+
+
+@pytest.mark.parametrize("mesh", [lab.MESH_V4, lab.MESH_V6], ids=["v4", "v6"])
+def test_a_syn_that_carries_data_is_captured_and_refused_as_any(
+    agent: TinyAgent, fast_open: None, mesh: str
+) -> None:
+    def say_hello() -> str:
+        with agent.netns.socket(lab.family_of(mesh), socket.SOCK_STREAM) as sock:
+            sock.settimeout(2)
+            sock.sendto(b"hello", socket.MSG_FASTOPEN, (mesh, 80))
+            return sock.recv(100).decode()
+
+    with lab.wiretap(f"{lab.TAG}v1") as seen:
+        assert say_hello().startswith(f"OUTBOUND {mesh} 80")
+        agent.hang()
+        with pytest.raises(ConnectionRefusedError):
+            say_hello()
+    assert [one for one in seen if one[1] == mesh] == []
+
+
+@pytest.mark.parametrize("mesh", [lab.MESH_V4, lab.MESH_V6], ids=["v4", "v6"])
+def test_capture_works_with_syn_cookies(agent: TinyAgent, peer: Netns, mesh: str) -> None:
+    lab.sysctl(lab.POD, "net/ipv4/tcp_syncookies", "2")
+    try:
+        assert dial(agent.netns, mesh).startswith(f"OUTBOUND {mesh} 80")
+        own = lab.POD_V6 if ":" in mesh else lab.POD_V4
+        assert dial(peer, own).startswith("INBOUND app pod saw")
+    finally:
+        lab.sysctl(lab.POD, "net/ipv4/tcp_syncookies", "1")
 
 
 # --- odd pods ----------------------------------------------------------------------------------
