@@ -80,7 +80,8 @@ def common_options(function: F) -> F:
     )(function)
     return click.option(
         "--state-dir",
-        type=click.Path(),
+        # Whether it may be read is the agent's or its client's to say, with status 77.
+        type=click.Path(readable=False),
         metavar="DIR",
         default=None,
         expose_value=False,
