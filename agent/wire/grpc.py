@@ -8,14 +8,19 @@ ours (CRI runtimes, istiod) answers with when no other is offered.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from urllib.parse import unquote
 
+from h2.errors import ErrorCodes
+
 from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.wire.frames import HEADER_BYTES, FrameType
 
 PREFIX_BYTES = 5  # one flag byte, four of length
 # ztunnel's limit for one xDS message; a runtime's answers are far smaller.
 MAX_MESSAGE_BYTES = 200 * 1024 * 1024
+_MAX_GOAWAY_BYTES = 16 * 1024
 
 
 class Status(IntEnum):
@@ -50,6 +55,14 @@ _FROM_HTTP = {
     502: Status.UNAVAILABLE,
     503: Status.UNAVAILABLE,
     504: Status.UNAVAILABLE,
+}
+
+# "HTTP2 Transport Mapping, Errors": what a reset stream means for its call.
+_FROM_RESET = {
+    ErrorCodes.REFUSED_STREAM: Status.UNAVAILABLE,
+    ErrorCodes.CANCEL: Status.CANCELLED,
+    ErrorCodes.ENHANCE_YOUR_CALM: Status.RESOURCE_EXHAUSTED,
+    ErrorCodes.INADEQUATE_SECURITY: Status.PERMISSION_DENIED,
 }
 
 
@@ -132,22 +145,117 @@ def request_headers(
     return headers
 
 
-def status_of(method: str, headers: Iterable[tuple[str, str]]) -> GrpcError | None:
-    """The error that these headers or trailers carry; None for OK.
+def status_of(method: str, headers: Iterable[tuple[str, str]]) -> Status | GrpcError | None:
+    """How the call ended, by these headers or trailers: OK, or the error.
 
-    Headers without `grpc-status` are no end of a call when HTTP says 200.
+    None when they say nothing yet: the ordinary headers before messages.
     """
     fields = dict(headers)
     code = fields.get("grpc-status")
     if code is None:
-        http = fields.get(":status", "200")
-        if http == "200":
-            return None
-        known = _FROM_HTTP.get(int(http) if http.isdigit() else 0, Status.UNKNOWN)
-        return GrpcError(method, known, f"HTTP status {http}")
+        return _http_error(method, fields)
     # Codes beyond the list are UNKNOWN, says the specification.
-    number = int(code) if code.isdigit() else Status.UNKNOWN.value
+    known = code.isascii() and code.isdigit() and len(code) <= 2
+    number = int(code) if known else Status.UNKNOWN.value
     status = Status(number) if number <= Status.UNAUTHENTICATED else Status.UNKNOWN
     if status is Status.OK:
-        return None
+        return status
     return GrpcError(method, status, unquote(fields.get("grpc-message", "")))
+
+
+def _http_error(method: str, fields: dict[str, str]) -> GrpcError | None:
+    """For headers without `grpc-status`: whether it is a gRPC server that speaks."""
+    http = fields.get(":status")
+    if http is None:
+        return None  # trailers: whoever waits for the end finds the status missing
+    if http != "200":
+        known = http.isascii() and http.isdigit() and len(http) == 3
+        status = _FROM_HTTP.get(int(http) if known else 0, Status.UNKNOWN)
+        return GrpcError(method, status, f"HTTP status {http}")
+    kind = fields.get("content-type", "")
+    if kind.partition(";")[0].partition("+")[0].strip() != "application/grpc":
+        return GrpcError(method, Status.UNKNOWN, f"the answer is {kind or 'of no type'}, not gRPC")
+    return None
+
+
+def reset_error(method: str, code: int) -> GrpcError:
+    """The error of a call whose stream the server reset with an HTTP/2 `code`."""
+    try:
+        known = ErrorCodes(code)
+    except ValueError:
+        return GrpcError(method, Status.UNKNOWN, f"the server reset the stream with code {code}")
+    status = _FROM_RESET.get(known, Status.INTERNAL)
+    return GrpcError(method, status, f"the server reset the stream: {known.name}")
+
+
+@dataclass(frozen=True, slots=True)
+class GoAway:
+    """The server takes no new stream; those up to `last_stream_id` it still serves."""
+
+    last_stream_id: int
+    code: int
+
+    @property
+    def reason(self) -> str:
+        """For people."""
+        if self.code == ErrorCodes.NO_ERROR:
+            return "the server is going away"
+        name = ErrorCodes(self.code).name if self.code in set(ErrorCodes) else str(self.code)
+        return f"the server is going away: {name}"
+
+
+class GoAwayFilter:
+    """Takes GOAWAY out of what a server sends; the rest is for h2.
+
+    h2 knows no orderly end: it takes the connection for closed at the first
+    GOAWAY and everything after it for a fault, while gRPC servers announce
+    with it that they will finish the calls they have and then leave.
+    """
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        """Beginning of a frame header, not passed on yet."""
+        self._left = 0
+        """Payload of a frame that h2 gets, still to come."""
+        self._goaway = bytearray()
+        self._goaway_left = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes | GoAway]:
+        """Bytes for h2 and what was taken out, in order."""
+        view = memoryview(data)
+        while view:
+            if self._goaway_left:
+                step = min(self._goaway_left, len(view))
+                self._goaway += view[:step]
+                self._goaway_left -= step
+                view = view[step:]
+                if not self._goaway_left:
+                    yield self._read_goaway()
+            elif self._left:
+                step = min(self._left, len(view))
+                self._left -= step
+                yield bytes(view[:step])
+                view = view[step:]
+            else:
+                step = min(HEADER_BYTES - len(self._head), len(view))
+                self._head += view[:step]
+                view = view[step:]
+                if len(self._head) == HEADER_BYTES:
+                    yield from self._begin()
+
+    def _begin(self) -> Iterator[bytes]:
+        head = bytes(self._head)
+        self._head.clear()
+        size = int.from_bytes(head[:3], "big")
+        # One that is too short or too long is left to h2, which refuses it.
+        if head[3] == FrameType.GOAWAY and 8 <= size <= _MAX_GOAWAY_BYTES:
+            self._goaway_left = size
+            return
+        self._left = size
+        yield head
+
+    def _read_goaway(self) -> GoAway:
+        last = int.from_bytes(self._goaway[:4], "big") & 0x7FFFFFFF
+        code = int.from_bytes(self._goaway[4:8], "big")
+        self._goaway.clear()
+        return GoAway(last, code)
