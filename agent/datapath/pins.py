@@ -17,9 +17,11 @@ leaves a state from which the next one goes on.
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -81,8 +83,14 @@ class Pins:
         relative = path.relative_to(self.directory)
         return tuple(one / relative for one in self.foreign() if (one / relative).exists())
 
-    def create(self) -> None:
-        """Make the folders."""
+    def create(self) -> int:
+        """Make the folders. The descriptor, while it is open, says that an agent lives here."""
+        PIN_ROOT.mkdir(mode=0o700, exist_ok=True)
+        with exclusive(PIN_ROOT):  # no sweep between making the folder and claiming it
+            self._make_folders()
+            return claim(self.agent, fcntl.LOCK_SH)
+
+    def _make_folders(self) -> None:
         for name in (MAPS_DIRECTORY, LINKS_DIRECTORY, CGROUP_DIRECTORY):
             (self.directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -142,6 +150,27 @@ class Pins:
     def remove(self) -> None:
         """Remove everything of this agent."""
         remove_tree(self.agent)
+
+
+def claim(directory: Path, kind: int) -> int:
+    """A locked descriptor of the folder. BlockingIOError with LOCK_NB when others hold it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, kind)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@contextmanager
+def exclusive(directory: Path, more: int = 0) -> Iterator[None]:
+    """Nobody else has claimed the folder for the time of the block."""
+    fd = claim(directory, fcntl.LOCK_EX | more)
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def _file_name(text: str) -> str:

@@ -14,6 +14,7 @@ nothing else, and an agent that opens the same agent id finds its pods in
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -41,6 +42,7 @@ from meshbpf.agent.datapath.steering_types import (
     PodSteering,
     SteeringStatistics,
 )
+from meshbpf.agent.datapath.sweeping import sweep
 from meshbpf.bpf import STEER_MARK, STEER_MASK, Decision, PodFlag, Role
 
 __all__ = [
@@ -72,6 +74,7 @@ class Steering:
         self._records = attacher.records
         self._pins = attacher.pins
         self._lock = threading.RLock()
+        self._descriptors = ExitStack()
         self._memory = self._maps["heartbeat"].mmap()
         self._heart = memoryview(self._memory).cast("Q")
         self._mesh = {
@@ -100,15 +103,17 @@ class Steering:
         """Compile or read from `cache_dir`, load, take over what this agent id has left.
 
         Takes seconds when it must compile. Half-done attachments are undone,
-        pods whose netns is gone are forgotten. `use_tcx` None means: where the
+        pods whose netns is gone are forgotten, and so are other agents that
+        are gone with all their pods. `use_tcx` None means: where the
         kernel has it. Raises MeshbpfError and its kin (no headers, no bcc, no
         lasting bpffs, a program that the verifier refuses).
         """
         bpffs.ensure()
         compiled = compile_catalogue(cache_dir)
         pins = Pins.of(agent_id, compiled.schema)
-        pins.create()
         with ExitStack() as stack:
+            claimed = pins.create()
+            stack.callback(os.close, claimed)
             opened = pins.open_maps()
             for one in opened.maps.values():
                 stack.callback(one.close)
@@ -128,7 +133,8 @@ class Steering:
                 self._heart[_LEASE] = 0
             self.set_probe_cgroups(probe_cgroups)
             self._take_over()
-            stack.pop_all()
+            sweep(pins.agent)
+            self._descriptors = stack.pop_all()
         return self
 
     def _take_over(self) -> None:
@@ -293,9 +299,7 @@ class Steering:
     def close(self) -> None:
         """Let go of descriptors. Capture goes on, as `on_agent_down` says. Repeatable."""
         with self._lock:
-            self._release_memory()
-            for one in self._maps.values():
-                one.close()
+            self._descriptors.close()
 
     def _release_memory(self) -> None:
         self._heart.release()

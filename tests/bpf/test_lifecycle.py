@@ -412,6 +412,27 @@ def test_an_agent_may_come_back_in_the_other_capture_mode(open_steering: Open, p
         sock.close()
 
 
+def test_an_agent_that_is_gone_with_its_pods_is_swept_away_by_the_next(
+    open_steering: Open, capture: str, short_lived: str
+) -> None:
+    lost = open_steering(mode=capture)
+    folder, maps = lost._pins.agent, map_ids(lost)
+    with lab.opened(short_lived) as netns:
+        tiny = TinyAgent(lost, netns)
+        tiny.start()
+        lost.attach(PodSteering("ns/short", netns), tiny.listeners)
+        tiny.stop()
+    open_steering(mode=capture)
+    assert folder.is_dir()  # it lives
+    lost.close()
+    open_steering(mode=capture)
+    assert folder.is_dir()  # its pod lives
+    lab.remove_pod(short_lived, 3)
+    open_steering(mode=capture)
+    assert not folder.exists()
+    assert settles(lambda: programs_using(maps), set())
+
+
 def test_two_agents_share_a_host_and_do_not_mix(
     own_agent: TinyAgent, open_steering: Open, capture: str, short_lived: str
 ) -> None:
