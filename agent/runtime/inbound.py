@@ -17,6 +17,8 @@ from meshbpf.agent.core.authz import ConnectionFacts
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.route import InboundRoute, Refused
 from meshbpf.agent.core.routing import inbound_hbone, inbound_plain
+from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.traffic import Reporter, inbound_service, parse_baggage
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.connections import (
     ConnectionRegistry,
@@ -40,6 +42,7 @@ from meshbpf.agent.runtime.sockets import (
 from meshbpf.agent.runtime.splice import splice_both
 from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tasks import guarded
+from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.tunnel import Tunnel
 from meshbpf.agent.wire import headers
 from meshbpf.agent.wire.events import RequestReceived
@@ -47,8 +50,12 @@ from meshbpf.agent.wire.tls import Expectation
 
 log = logging.getLogger(__name__)
 
-_HANDSHAKE_LIMIT = 256
-"""Handshakes of one pod at a time. A flood of them waits in the listener's queue."""
+_HANDSHAKE_LIMIT = 2048
+"""Handshakes of one pod at a time, for the memory of each (some 50 KiB in OpenSSL).
+
+Not lower: whoever connects and says nothing holds a place for ten seconds,
+and those beyond the limit wait, accepted, for one to fall free.
+"""
 
 
 class DeniedError(MeshbpfError):
@@ -77,18 +84,30 @@ class Inbound:
 
     async def serve_hbone(self, sock: socket.socket) -> None:
         """Serve one tunnel to its end, and close it."""
+        telemetry = self._connections.telemetry
+        telemetry.traffic.socket_opened(Reporter.DESTINATION)
+        try:
+            await self._serve_tunnel(sock, telemetry)
+        finally:
+            telemetry.traffic.socket_closed(Reporter.DESTINATION)
+
+    async def _serve_tunnel(self, sock: socket.socket, telemetry: Telemetry) -> None:
         try:
             source = peer_address(sock)
             listener = local_address(sock)
-            async with self._handshakes:
-                workload = await local_workload(self._pod, self._mesh)
-                tls = await self._identities.tls(workload.identity)
-                channel = await shake_hands(
-                    sock,
-                    tls.server,
-                    Expectation(trust_domain=workload.identity.trust_domain),
-                    server=True,
-                )
+            try:
+                async with self._handshakes:
+                    workload = await local_workload(self._pod, self._mesh)
+                    tls = await self._identities.tls(workload.identity)
+                    channel = await shake_hands(
+                        sock,
+                        tls.server,
+                        Expectation(trust_domain=workload.identity.trust_domain),
+                        server=True,
+                    )
+            except MeshbpfError as error:
+                telemetry.denied_early(Reporter.DESTINATION, source, listener, error)
+                raise
         except BaseException:
             sock.close()
             raise
@@ -114,12 +133,15 @@ class Inbound:
         workload = self._pod.workload(mesh)
         route = self._route(request, workload, listener)
         if isinstance(route, Refused) or workload is None:
-            status, reason = (
-                (route.status, route.reason)
+            status, reason, code = (
+                (route.status, route.reason, route.code)
                 if isinstance(route, Refused)
-                else (503, f"{self._pod.key} is not in the mesh state")
+                else (503, f"{self._pod.key} is not in the mesh state", "unknown-workload")
             )
-            log.warning("%s from %s refused with %d: %s", request.authority, source, status, reason)
+            told = f"{request.authority!r} refused with {status}: {reason}"
+            self._connections.telemetry.denied_early(
+                Reporter.DESTINATION, source, listener, DeniedError(code, told)
+            )
             tunnel.respond(stream, headers.response(status), end_stream=True)
             return
         with self._connections.track(
@@ -127,11 +149,10 @@ class Inbound:
         ) as live:
             live.source_identity = tunnel.peer
             live.destination_identity = workload.identity
-            live.destination_workload = workload
-            live.source_workload = mesh.workload_at(workload.network, source.ip)
-            live.service = "" if route.service is None else str(route.service.key)
-            live.target = route.target
             live.tunnel_address = listener
+            live.source_described = parse_baggage(headers.text(request.headers, b"baggage"))
+            host = headers.forwarded_host(request.headers)
+            self._describe(live, mesh, workload, route, host)
             stream.bind(live.scope, taken_from_app=live.received, sent_to_app=live.sent)
             try:
                 with live.scope:
@@ -167,11 +188,11 @@ class Inbound:
         try:
             app = await self._admit(live, target)
         except DeniedError as error:
-            live.error = error.what
+            live.fail(error)
             tunnel.respond(stream, headers.response(401), end_stream=True)
             return
         except (DialError, OSError) as error:
-            live.error = str(error)
+            live.fail(error)
             tunnel.respond(stream, headers.response(503), end_stream=True)
             return
         try:
@@ -189,32 +210,36 @@ class Inbound:
     async def serve_plain(self, client: socket.socket) -> None:
         """Carry one accepted plaintext connection to its end, and close it."""
         finished = False
+        telemetry = self._connections.telemetry
+        telemetry.traffic.socket_opened(Reporter.DESTINATION)
         try:
             source = peer_address(client)
             target = local_address(client)
             if target.ip.is_loopback:
                 raise DialError("not-captured", f"{source} dialed the inbound listener itself")
-            workload = await local_workload(self._pod, self._mesh)
-            mesh = self._mesh()
-            route = inbound_plain(mesh, workload, target)
-            if isinstance(route, Refused):
-                raise DialError(route.code, f"{source} to {target}: {route.reason}")
+            try:
+                workload = await local_workload(self._pod, self._mesh)
+                mesh = self._mesh()
+                route = inbound_plain(mesh, workload, target)
+                if isinstance(route, Refused):
+                    raise DialError(route.code, f"{source} to {target}: {route.reason}")
+            except MeshbpfError as error:
+                telemetry.denied_early(Reporter.DESTINATION, source, target, error)
+                raise
             with self._connections.track(
                 self._pod, Direction.INBOUND, Transport.TCP, source, target
             ) as live:
-                live.destination_workload = workload
-                live.source_workload = mesh.workload_at(workload.network, source.ip)
-                live.service = "" if route.service is None else str(route.service.key)
-                live.target = route.target
+                self._describe(live, mesh, workload, route, None)
                 try:
                     with live.scope:
                         await self._carry_plain(client, live, route.target)
                 except (MeshbpfError, OSError) as error:
-                    live.error = live.error or str(error)
+                    live.fail(error)
                     raise
                 finished = live.finished
         finally:
             hang_up(client, finished=finished)
+            telemetry.traffic.socket_closed(Reporter.DESTINATION)
 
     async def _carry_plain(
         self, client: socket.socket, live: LiveConnection, target: SocketAddress
@@ -227,6 +252,23 @@ class Inbound:
             hang_up(app, finished=live.finished)
 
     # --- both ---------------------------------------------------------------
+
+    def _describe(
+        self,
+        live: LiveConnection,
+        mesh: Snapshot,
+        workload: Workload,
+        route: InboundRoute,
+        host: str | None,
+    ) -> None:
+        live.destination_workload = workload
+        live.source_workload = mesh.workload_at(workload.network, live.source.ip)
+        live.service = "" if route.service is None else str(route.service.key)
+        live.destination_service = inbound_service(
+            mesh, workload, route.target.port, host, route.service
+        )
+        live.target = route.target
+        self._connections.announce(live)
 
     async def _admit(self, live: LiveConnection, target: SocketAddress) -> socket.socket:
         """Ask policy, then dial the app from the client's address.
