@@ -7,7 +7,9 @@ dead or hangs, and the pod's fail mode decides. A killed or stopped
 
 What it cannot see is an agent whose event loop is stuck while its threads
 run on. So the beat has a thread of its own, which a long step of the loop
-does not delay, but beats only while the loop has ticked within LOOP_LIMIT_S.
+does not delay, but beats only while the loop has ticked within LOOP_TURNS of
+its own turns (2 s). Turns and not seconds: after SIGCONT both are late by the
+same pause, and the first turn of the thread must beat at once.
 
 The lease is a second clock in the same write: how long "this address is not
 in the mesh" may be believed. It moves on only while the source of the state
@@ -29,7 +31,7 @@ from meshbpf.agent.runtime.logs import Log
 
 BEAT_S = 0.1
 TICK_S = 0.2
-LOOP_LIMIT_S = 2.0
+LOOP_TURNS = 20
 
 log = Log("heartbeat")
 
@@ -68,6 +70,7 @@ class Heartbeat:
         self._source_healthy = source_healthy
         self._clock = clock
         self._ticked_at = self._lease_from = clock()
+        self._ticks = self._ticks_seen = self._idle_turns = 0
         self._beats = self._withheld = self._failed = 0
         self._beating = False
         self._stopped = threading.Event()
@@ -80,7 +83,7 @@ class Heartbeat:
 
     def start(self) -> None:
         """Beat from now on. Call it when every listener is in its place, not before."""
-        self._ticked_at = self._clock()
+        self.tick_once()
         self.beat_once()
         self._thread.start()
 
@@ -94,13 +97,22 @@ class Heartbeat:
     async def tick(self) -> None:
         """Tell the thread that the loop turns, until cancelled."""
         while True:
-            self._ticked_at = self._clock()
+            self.tick_once()
             await trio.sleep(TICK_S)
+
+    def tick_once(self) -> None:
+        """The loop turns."""
+        self._ticked_at = self._clock()
+        self._ticks += 1
 
     def beat_once(self) -> None:
         """One turn of the thread: beat, or withhold it. Never raises for the kernel's sake."""
         now = self._clock()
-        if now - self._ticked_at > LOOP_LIMIT_S:
+        if self._ticks != self._ticks_seen:
+            self._ticks_seen, self._idle_turns = self._ticks, 0
+        else:
+            self._idle_turns += 1
+        if self._idle_turns > LOOP_TURNS:
             self._withheld += 1
             if self._beating:
                 log.error("event loop is stuck: heartbeat withheld", lag_s=self._lag(now))

@@ -8,7 +8,7 @@ import trio
 from trio.testing import MockClock
 
 from meshbpf.agent.core.errors import MeshbpfError
-from meshbpf.agent.runtime.heartbeat import LOOP_LIMIT_S, Heartbeat
+from meshbpf.agent.runtime.heartbeat import LOOP_TURNS, Heartbeat
 
 
 class Kernel:
@@ -38,9 +38,6 @@ class Fixture:
             clock=lambda: self.now,
         )
 
-    def tick(self) -> None:
-        self.heartbeat._ticked_at = self.now
-
 
 def test_a_beat_extends_the_lease_while_the_source_is_healthy() -> None:
     it = Fixture()
@@ -57,7 +54,7 @@ def test_with_a_sick_source_the_lease_runs_out_and_never_below_zero() -> None:
     it.healthy = False
     for passed in (10.0, 40.0, 20.0):
         it.now += passed
-        it.tick()
+        it.heartbeat.tick_once()
         it.heartbeat.beat_once()
     assert it.kernel.leases == [60.0, 50.0, 10.0, 0.0]
     it.healthy = True
@@ -67,15 +64,26 @@ def test_with_a_sick_source_the_lease_runs_out_and_never_below_zero() -> None:
 
 def test_a_loop_that_does_not_turn_silences_the_heart() -> None:
     it = Fixture()
+    it.heartbeat.tick_once()
+    for _ in range(LOOP_TURNS + 1):
+        it.heartbeat.beat_once()
+    assert it.heartbeat.beating
     it.heartbeat.beat_once()
-    it.now += LOOP_LIMIT_S + 0.1
-    it.heartbeat.beat_once()
-    assert len(it.kernel.leases) == 1
+    assert len(it.kernel.leases) == LOOP_TURNS + 1
     assert not it.heartbeat.beating
     assert it.heartbeat.statistics().withheld == 1
-    it.tick()
+    it.heartbeat.tick_once()
     it.heartbeat.beat_once()
     assert it.heartbeat.beating
+
+
+def test_after_a_pause_of_the_whole_process_the_first_turn_beats() -> None:
+    it = Fixture()
+    it.heartbeat.tick_once()
+    it.heartbeat.beat_once()
+    it.now += 3600.0  # SIGSTOP, SIGCONT: neither the thread nor the loop had a turn
+    it.heartbeat.beat_once()
+    assert len(it.kernel.leases) == 2
 
 
 def test_a_failed_write_is_counted_and_tried_again() -> None:
