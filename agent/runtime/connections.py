@@ -9,7 +9,6 @@ recheck that the new state triggers sees the connection.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,15 @@ import trio
 
 from meshbpf.agent.core.address import SocketAddress
 from meshbpf.agent.core.authz import ConnectionFacts, Decision, authorize
+from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.traffic import Described, Labels, Reporter, ResponseFlag, labels
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.stream import ByteCount
-
-access_log = logging.getLogger("access")
+from meshbpf.agent.runtime.telemetry import Telemetry, flag_of
 
 
 class Direction(StrEnum):
@@ -103,7 +104,11 @@ class LiveConnection:
     source_identity: SpiffeId | None = None
     destination_identity: SpiffeId | None = None
     source_workload: Workload | None = None
+    source_described: Described | None = None
+    """What an HBONE client said of itself; used where the mesh knows no workload."""
     destination_workload: Workload | None = None
+    destination_service: Service | None = None
+    """For telemetry: inbound it may be a guess."""
     service: str = ""
     tunnel_address: SocketAddress | None = None
     """The HBONE end of this connection at the destination's side."""
@@ -114,6 +119,10 @@ class LiveConnection:
     """What policy judged an inbound connection by; None while nothing was to judge."""
     error: str = ""
     """Why it failed, for the access log; empty while all is well."""
+    flag: ResponseFlag = ResponseFlag.NONE
+    """The same for metrics."""
+    announced: bool = False
+    """Telemetry knows of it."""
     finished: bool = False
     """Both directions ended in order; anything else is reset."""
     denied: bool = False
@@ -123,6 +132,35 @@ class LiveConnection:
         """Note that the far leg stands."""
         self.upstream = upstream
         self.state = ConnectionState.OPEN
+
+    @property
+    def reporter(self) -> Reporter:
+        """Which end of the connection we are."""
+        outbound = self.direction is Direction.OUTBOUND
+        return Reporter.SOURCE if outbound else Reporter.DESTINATION
+
+    @property
+    def mutual_tls(self) -> bool:
+        """Whether identities are proven on the way."""
+        return self.transport is Transport.HBONE
+
+    def labels(self) -> Labels:
+        """The connection in the terms of Istio's metrics."""
+        return labels(
+            self.reporter,
+            source=self.source_workload,
+            described=self.source_described,
+            source_identity=self.source_identity,
+            destination=self.destination_workload,
+            service=self.destination_service,
+            mutual_tls=self.mutual_tls,
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """Note why it ends, unless something else was to blame before."""
+        self.error = self.error or (error.what if isinstance(error, MeshbpfError) else str(error))
+        if self.flag is ResponseFlag.NONE:
+            self.flag = flag_of(error)
 
     def deny(self, decision: Decision) -> None:
         """Cut the connection: its owner's scope is cancelled and answers with a reset."""
@@ -152,7 +190,9 @@ class ConnectionRegistry:
         self,
         wall_clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        telemetry: Telemetry | None = None,
     ) -> None:
+        self.telemetry = telemetry or Telemetry(wall_clock=wall_clock, monotonic=monotonic)
         self._wall_clock = wall_clock
         self._monotonic = monotonic
         self._ids = itertools.count(1)
@@ -173,7 +213,11 @@ class ConnectionRegistry:
         source: SocketAddress,
         destination: SocketAddress,
     ) -> Iterator[LiveConnection]:
-        """Register a connection for as long as the block runs, then log its end."""
+        """Register a connection for as long as the block runs, then tell of its end.
+
+        The block calls `announce` once it knows both ends; if it never does,
+        they are told as they are at the end.
+        """
         live = LiveConnection(
             id=next(self._ids),
             pod=pod,
@@ -194,7 +238,14 @@ class ConnectionRegistry:
             self._bytes_received += live.received.total
             if live.error:
                 self._failed += 1
-            self._log_end(live)
+            self.announce(live)
+            self.telemetry.closed(live)
+
+    def announce(self, live: LiveConnection) -> None:
+        """Both ends are known: count the connection as opened. Twice is as good as once."""
+        if not live.announced:
+            live.announced = True
+            self.telemetry.opened(live)
 
     def refused(self) -> None:
         """Count a connection that policy did not admit."""
@@ -238,14 +289,6 @@ class ConnectionRegistry:
             bytes_received=self._bytes_received + sum(each.received.total for each in live),
         )
 
-    def _log_end(self, live: LiveConnection) -> None:
-        level = logging.ERROR if live.error else logging.INFO
-        if access_log.isEnabledFor(level):
-            duration_ms = (self._monotonic() - live.opened_monotonic) * 1000
-            access_log.log(
-                level, "connection complete", extra={"fields": _fields(live, duration_ms)}
-            )
-
 
 def decide(pod: LocalPod, facts: ConnectionFacts, mesh: Snapshot) -> Decision:
     """What policy says of an inbound connection under `mesh`; no workload means no."""
@@ -275,31 +318,3 @@ def _record(live: LiveConnection, now: float) -> ConnectionRecord:
         bytes_sent=live.sent.total,
         bytes_received=live.received.total,
     )
-
-
-def _fields(live: LiveConnection, duration_ms: float) -> dict[str, object]:
-    """The access log's fields, named as ztunnel names them, so that its parsers fit.
-
-    bytes_sent is what this node's pod sent, in either direction.
-    """
-    inbound = live.direction is Direction.INBOUND
-    sent, received = live.sent.total, live.received.total
-    source, destination = live.source_workload, live.destination_workload
-    fields: dict[str, object | None] = {
-        "src.addr": str(live.source),
-        "src.workload": source and source.name,
-        "src.namespace": source and source.namespace,
-        "src.identity": live.source_identity and str(live.source_identity),
-        "dst.addr": str(live.tunnel_address or live.upstream or live.destination),
-        "dst.hbone_addr": str(live.target) if live.tunnel_address else None,
-        "dst.service": live.service or None,
-        "dst.workload": destination and destination.name,
-        "dst.namespace": destination and destination.namespace,
-        "dst.identity": live.destination_identity and str(live.destination_identity),
-        "direction": str(live.direction),
-        "bytes_sent": received if inbound else sent,
-        "bytes_recv": sent if inbound else received,
-        "duration": f"{duration_ms:.0f}ms",
-        "error": live.error or None,
-    }
-    return {name: value for name, value in fields.items() if value is not None}

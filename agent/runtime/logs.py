@@ -27,6 +27,8 @@ from meshbpf.agent.config import LogFormat, LogLevel
 from meshbpf.agent.core.errors import MeshbpfError
 
 ROOT = "meshbpf"
+ACCESS = "access"
+"""The logger of the access log (access_log.py)."""
 QUEUE_RECORDS = 10_000
 FLUSH_S = 1.0
 """How long `close` waits for a reader that does not read."""
@@ -81,14 +83,15 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line, but for the traceback of an unforeseen error."""
         cells = [
-            _time(record).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            record.levelname.lower(),
+            _time(record).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            _level(record),
             _scope(record),
             _escape(record.getMessage()),
         ]
         values = _fields(record)
         if values:
-            cells.append(" ".join(f"{key}={_quote(value)}" for key, value in values.items()))
+            write = _quote_text if record.name == ACCESS else _quote
+            cells.append(" ".join(f"{key}={write(value)}" for key, value in values.items()))
         line = "\t".join(cells)
         if record.exc_info:
             # An error's text may be a peer's, too.
@@ -103,7 +106,7 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line in every case; a traceback is the field `traceback`."""
         line: dict[str, object] = {
-            "level": record.levelname.lower(),
+            "level": _level(record),
             "time": _time(record),
             "scope": _scope(record),
             "message": record.getMessage(),
@@ -200,6 +203,11 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
     return {key: value for key, value in values.items() if value not in (None, "")}
 
 
+def _level(record: logging.LogRecord) -> str:
+    """The level as ztunnel spells it."""
+    return "warn" if record.levelno == logging.WARNING else record.levelname.lower()
+
+
 def _scope(record: logging.LogRecord) -> str:
     """`pods` for `meshbpf.pods`, `forwarder` for `meshbpf.agent.runtime.forwarder`."""
     return record.name.removeprefix(f"{ROOT}.").removeprefix("agent.runtime.")
@@ -217,3 +225,10 @@ def _quote(value: object) -> str:
     text = _escape(str(value))
     plain = text and not any(c in ' ="\\' for c in text)
     return text if plain else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _quote_text(value: object) -> str:
+    """As the access log has it since ztunnel: text is always quoted, addresses and numbers not."""
+    if not isinstance(value, str):
+        return _escape(str(value))
+    return '"' + _escape(value).replace("\\", "\\\\").replace('"', '\\"') + '"'

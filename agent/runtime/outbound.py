@@ -19,6 +19,7 @@ from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.route import HboneRoute, PlainRoute, Refused
 from meshbpf.agent.core.routing import outbound
 from meshbpf.agent.core.service import Service
+from meshbpf.agent.core.traffic import Reporter
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.connections import (
     ConnectionRegistry,
@@ -76,14 +77,22 @@ class Outbound:
     async def serve(self, app: socket.socket) -> None:
         """Carry one accepted connection to its end, and close it."""
         finished = False
+        traffic = self._connections.telemetry.traffic
+        traffic.socket_opened(Reporter.SOURCE)
         try:
             target = local_address(app)
             source = peer_address(app)
             if target.ip.is_loopback:
                 # Steering leaves loopback alone: somebody dialed our port.
                 raise DialError("not-captured", f"{source} dialed the outbound listener itself")
-            workload = await local_workload(self._pod, self._mesh)
-            route = outbound(self._mesh(), workload, target, rng=self._rng)
+            try:
+                workload = await local_workload(self._pod, self._mesh)
+                route = outbound(self._mesh(), workload, target, rng=self._rng)
+                if isinstance(route, Refused):
+                    raise DialError(route.code, f"{source} to {target}: {route.reason}")
+            except MeshbpfError as error:
+                self._connections.telemetry.denied_early(Reporter.SOURCE, source, target, error)
+                raise
             transport = Transport.HBONE if isinstance(route, HboneRoute) else Transport.TCP
             with self._connections.track(
                 self._pod, Direction.OUTBOUND, transport, source, target
@@ -93,32 +102,32 @@ class Outbound:
                     with live.scope:
                         await self._carry(app, live, workload, route)
                 except (MeshbpfError, OSError) as error:
-                    live.error = live.error or _reason(error)
+                    live.fail(error)
                     raise
                 finished = live.finished
         finally:
             hang_up(app, finished=finished)
+            traffic.socket_closed(Reporter.SOURCE)
 
     async def _carry(
         self,
         app: socket.socket,
         live: LiveConnection,
         workload: Workload,
-        route: HboneRoute | PlainRoute | Refused,
+        route: HboneRoute | PlainRoute,
     ) -> None:
+        live.destination_workload = route.destination
+        live.destination_service = route.service
+        live.service = _service_name(route.service)
+        live.target = route.target
         match route:
-            case Refused():
-                raise DialError(route.code, f"{live.source} to {live.destination}: {route.reason}")
             case PlainRoute():
-                live.destination_workload = route.destination
-                live.service = _service_name(route.service)
-                live.target = route.target
+                self._connections.announce(live)
                 await self._plain(app, live, route)
             case HboneRoute():
-                live.destination_workload = route.destination
-                live.service = _service_name(route.service)
-                live.target = route.target
                 live.tunnel_address = route.gateway
+                live.source_identity = workload.identity
+                self._connections.announce(live)
                 await self._hbone(app, live, workload, route)
 
     async def _plain(self, app: socket.socket, live: LiveConnection, route: PlainRoute) -> None:
@@ -133,7 +142,6 @@ class Outbound:
     async def _hbone(
         self, app: socket.socket, live: LiveConnection, workload: Workload, route: HboneRoute
     ) -> None:
-        live.source_identity = workload.identity
         request = headers.connect_request(
             route.authority,
             headers.baggage(workload),
@@ -175,7 +183,16 @@ class Outbound:
 
     async def _dial_tunnel(self, key: PoolKey, on_unusable: TunnelGone) -> Tunnel:
         tls = await self._identities.tls(key.source_identity)
-        sock = await self._dial_tcp(key.source, key.gateway)
+        try:
+            sock = await self._dial_tcp(key.source, key.gateway)
+        except DialError as error:
+            if error.code != "connect-timeout":
+                raise
+            raise DialError(
+                "gateway-timeout",
+                f"{error.what}: is port {key.gateway.port} blocked by a NetworkPolicy?",
+                "HBONE needs this port open between pods",
+            ) from error
         try:
             channel = await shake_hands(
                 sock, tls.client, Expectation(allowed=key.allowed), server=False
@@ -212,7 +229,3 @@ class Outbound:
 
 def _service_name(service: Service | None) -> str:
     return "" if service is None else str(service.key)
-
-
-def _reason(error: Exception) -> str:
-    return error.what if isinstance(error, MeshbpfError) else str(error)

@@ -102,4 +102,5 @@ async def connect(sock: socket.socket, target: SocketAddress) -> None:
             result = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if result:
         reason = errno.errorcode.get(result, str(result))
-        raise DialError("connect-failed", f"connect to {target}: {reason}")
+        code = "connect-timeout" if result == errno.ETIMEDOUT else "connect-failed"
+        raise DialError(code, f"connect to {target}: {reason}")

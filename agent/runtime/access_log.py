@@ -1,0 +1,103 @@
+"""The access log: one line when a connection ends, one (at debug) when it opens.
+
+Scope `access`, with ztunnel's messages, levels and field names, so that its
+parsers fit: "connection complete" at info, or at error with `error`;
+"connection opened" at debug; "connection failed" at warn for what was refused
+before anything was known of it. `logs.py` writes the lines and never waits.
+
+Identities are told only where mutual TLS is in force. `bytes_sent` is what
+this node's pod sent, whichever side that is; an inbound `dst.addr` keeps the
+tunnel's port 15008, and `dst.hbone_addr` is what was asked of the tunnel.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from meshbpf.agent.core.address import SocketAddress
+from meshbpf.agent.core.traffic import LABELS, UNKNOWN, Labels, Reporter
+
+if TYPE_CHECKING:
+    from meshbpf.agent.runtime.connections import LiveConnection
+
+access_log = logging.getLogger("access")
+
+_SOURCE_SERVICE = LABELS.index("source_canonical_service")
+_SOURCE_NAMESPACE = LABELS.index("source_workload_namespace")
+_SOURCE_PRINCIPAL = LABELS.index("source_principal")
+_SOURCE_WORKLOAD = LABELS.index("source_workload")
+_SOURCE_CLUSTER = LABELS.index("source_cluster")
+_SERVICE = LABELS.index("destination_service")
+_NAMESPACE = LABELS.index("destination_workload_namespace")
+_CLUSTER = LABELS.index("destination_cluster")
+_PRINCIPAL = LABELS.index("destination_principal")
+_DIRECTION = {Reporter.SOURCE: "outbound", Reporter.DESTINATION: "inbound"}
+
+
+def opened(live: LiveConnection, labels: Labels) -> None:
+    """Say that a connection begins; costs next to nothing unless debug is on."""
+    if access_log.isEnabledFor(logging.DEBUG):
+        fields = {**_ends(live, labels), "direction": _DIRECTION[live.reporter]}
+        access_log.debug("connection opened", extra={"fields": fields})
+
+
+def complete(live: LiveConnection, labels: Labels, duration_s: float) -> None:
+    """Say that a connection has ended, and why if it ended badly."""
+    level = logging.ERROR if live.error else logging.INFO
+    if not access_log.isEnabledFor(level):
+        return
+    sent, received = live.sent.total, live.received.total
+    inbound = live.reporter is Reporter.DESTINATION
+    fields = {
+        **_ends(live, labels),
+        "direction": _DIRECTION[live.reporter],
+        "bytes_sent": received if inbound else sent,
+        "bytes_recv": sent if inbound else received,
+        "duration": f"{int(duration_s * 1000)}ms",
+        "error": live.error or None,
+    }
+    access_log.log(level, "connection complete", extra={"fields": fields})
+
+
+def denied_early(
+    source: SocketAddress, destination: SocketAddress, reporter: Reporter, error: str
+) -> None:
+    """Say that a connection was refused before its workloads were known."""
+    if access_log.isEnabledFor(logging.WARNING):
+        fields = {
+            "src.addr": source,
+            "dst.addr": destination,
+            "direction": _DIRECTION[reporter],
+            "error": error,
+        }
+        access_log.warning("connection failed", extra={"fields": fields})
+
+
+def _ends(live: LiveConnection, labels: Labels) -> dict[str, object]:
+    source, destination = live.source_workload, live.destination_workload
+    mutual_tls = live.mutual_tls
+
+    def told(index: int) -> str | None:
+        return None if labels[index] == UNKNOWN else labels[index]
+
+    described = live.source_described
+    if source is not None:
+        source_name: str | None = source.name
+    else:
+        named = described is not None and bool(described.workload)
+        source_name = told(_SOURCE_WORKLOAD if named else _SOURCE_SERVICE)
+    return {
+        "src.addr": live.source,
+        "src.workload": source_name,
+        "src.namespace": told(_SOURCE_NAMESPACE),
+        "src.identity": told(_SOURCE_PRINCIPAL) if mutual_tls else None,
+        "src.cluster": told(_SOURCE_CLUSTER),
+        "dst.addr": live.tunnel_address or live.upstream or live.target or live.destination,
+        "dst.hbone_addr": live.target if live.tunnel_address else None,
+        "dst.service": told(_SERVICE),
+        "dst.workload": destination.name if destination is not None else None,
+        "dst.namespace": told(_NAMESPACE),
+        "dst.identity": told(_PRINCIPAL) if mutual_tls else None,
+        "dst.cluster": told(_CLUSTER),
+    }
