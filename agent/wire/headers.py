@@ -114,6 +114,21 @@ def traceparent(random_bytes: bytes) -> bytes:
     return b"00-%b-%b-00" % (text[:32], text[32:48])
 
 
+def text(headers: Headers, name: bytes) -> str:
+    """The first value of a field as text, "" when there is none; odd bytes are escaped."""
+    value = find(headers, name)
+    return "" if value is None else value.decode("ascii", "backslashreplace")
+
+
+def forwarded_host(headers: Headers) -> str | None:
+    """The `host` of the first element of `Forwarded` (RFC 7239): the service a client dialed."""
+    for pair in text(headers, b"forwarded").split(",")[0].split(";"):
+        name, equals, value = pair.strip().partition("=")
+        if equals and name.lower() == "host":
+            return value.strip('"')
+    return None
+
+
 def find(headers: Headers, name: bytes) -> bytes | None:
     """The first value of a field."""
     for each, value in headers:
