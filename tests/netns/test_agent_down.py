@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.netns.talk import datagram_passes, echo, ends, passes, refused
+from tests.netns.talk import datagram_passes, echo, ends, passes, receive_all, refused
 from tests.progs import server
 from tests.progs.pod import Family
+from tests.progs.program import eventually
 from tests.testbed import Agent, Testbed
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.root, pytest.mark.netns]
 # The kernel takes an agent for dead after half a second without a beat.
 UNNOTICED_S = 0.8
 HBONE = 15008
+FAMILIES: tuple[Family, ...] = (4, 6)
 
 
 @contextlib.contextmanager
@@ -42,79 +44,90 @@ def open_pod(bed: Testbed) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_pods_fail_as_they_were_told(
-    bed: Testbed, family: Family, open_pod: None, how: str
-) -> None:
-    closed, opened, meshed = bed["n1a"], bed["n1b"], bed["n2a"]
-    outside = bed["n2x"]
-    with bed.connect(closed, outside.address(family), server.ECHO) as direct:
-        echo(direct)
+def test_pods_fail_as_they_were_told(bed: Testbed, open_pod: None, how: str) -> None:
+    closed, meshed = bed["n1a"], bed["n2a"]
+    direct = [bed.connect(closed, bed["n2x"].address(f), server.ECHO) for f in FAMILIES]
+    with direct[0], direct[1]:
+        for sock in direct:
+            echo(sock)
         with down(bed.agents[1], how):
-            # Outbound.
-            refused(bed, closed, meshed.address(family))
-            refused(bed, closed, meshed.vip(family), 80)
-            refused(bed, closed, opened.address(family))
-            passes(bed, opened, outside.address(family))
-            # Inbound.
-            refused(bed, outside, closed.address(family))
-            refused(bed, bed["n1x"], closed.address(family))
-            refused(bed, outside, closed.address(family), HBONE)
-            if how == "SIGKILL":
-                # Streams to a hung agent wait in the tunnels it has: its TCP lives.
-                refused(bed, meshed, closed.address(family))
-            passes(bed, outside, opened.address(family))
-            # What never needs the agent.
-            echo(direct)
-            passes(bed, closed, outside.address(family))
-            passes(bed, closed, bed["n1x"].address(family))
-            datagram_passes(closed, meshed.address(family))
-            datagram_passes(outside, closed.address(family))
-            passes(bed, outside, closed.address(family), server.EXEMPT)
-            passes(bed, closed, meshed.address(family), server.EXEMPT)
-        echo(direct)
+            for family in FAMILIES:
+                _outbound_while_down(bed, family)
+                _inbound_while_down(bed, family, how)
+                _what_never_needs_the_agent(bed, family)
+            for sock in direct:
+                echo(sock)
+        for sock in direct:
+            echo(sock)
         # No attach was needed for this:
-        passes(bed, closed, meshed.address(family))
-        passes(bed, meshed, closed.address(family))
+        for family in FAMILIES:
+            passes(bed, closed, meshed.address(family))
+            passes(bed, meshed, closed.address(family))
 
 
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_an_open_pod_reaches_the_mesh_in_plaintext(
-    bed: Testbed, family: Family, open_pod: None, how: str
-) -> None:
-    opened, meshed = bed["n1b"], bed["n2a"]
-    with (
-        down(bed.agents[1], how),
-        bed.connect(opened, meshed.address(family), server.ECHO) as sock,
-    ):
+def _outbound_while_down(bed: Testbed, family: Family) -> None:
+    closed, opened, meshed = bed["n1a"], bed["n1b"], bed["n2a"]
+    refused(bed, closed, meshed.address(family))
+    refused(bed, closed, meshed.vip(family), 80)
+    refused(bed, closed, opened.address(family))
+    passes(bed, opened, bed["n2x"].address(family))
+    # An open pod reaches the mesh as one that was never attached: in plaintext.
+    with bed.connect(opened, meshed.address(family), server.ECHO) as sock:
         echo(sock)
         (carried,) = bed.agents[2].carried(*sock.getsockname()[:2])
         assert (carried.direction, carried.protocol) == ("inbound", "TCP")
-    passes(bed, opened, meshed.address(family))
+
+
+def _inbound_while_down(bed: Testbed, family: Family, how: str) -> None:
+    closed, opened, outside = bed["n1a"], bed["n1b"], bed["n2x"]
+    refused(bed, outside, closed.address(family))
+    refused(bed, bed["n1x"], closed.address(family))
+    refused(bed, outside, closed.address(family), HBONE)
+    if how == "SIGKILL":
+        # Streams to a hung agent wait in the tunnels it has: its TCP lives.
+        refused(bed, bed["n2a"], closed.address(family))
+    passes(bed, outside, opened.address(family))
+
+
+def _what_never_needs_the_agent(bed: Testbed, family: Family) -> None:
+    closed, meshed, outside = bed["n1a"], bed["n2a"], bed["n2x"]
+    passes(bed, closed, outside.address(family))
+    passes(bed, closed, bed["n1x"].address(family))
+    datagram_passes(closed, meshed.address(family))
+    datagram_passes(outside, closed.address(family))
+    passes(bed, outside, closed.address(family), server.EXEMPT)
+    passes(bed, closed, meshed.address(family), server.EXEMPT)
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
-def test_connections_end_with_their_agent_and_others_live(
-    bed: Testbed, family: Family, how: str
-) -> None:
-    through_both = bed.connect(bed["n1a"], bed["n2a"].address(family), server.ECHO)
-    within_other = bed.connect(bed["n2b"], bed["n2a"].address(family), server.ECHO)
-    into_other = bed.connect(bed["n1x"], bed["n2a"].address(family), server.ECHO)
-    with through_both, within_other, into_other:
-        for sock in (through_both, within_other, into_other):
+def test_connections_end_with_their_agent_and_others_live(bed: Testbed, how: str) -> None:
+    through = [bed.connect(bed["n1a"], bed["n2a"].address(f), server.ECHO) for f in FAMILIES]
+    others = [bed.connect(bed["n2b"], bed["n2a"].address(f), server.ECHO) for f in FAMILIES]
+    others += [bed.connect(bed["n1x"], bed["n2a"].address(f), server.ECHO) for f in FAMILIES]
+    try:
+        for sock in through + others:
             echo(sock)
         agent, mark = bed.agents[1], bed.servers["n2a"].mark()
         began = time.monotonic()
         if how == "SIGKILL":
             agent.kill9()
         else:
-            agent.stop()
-        assert ends(through_both, 2.0)
+            assert agent.stop() == 0
+        for sock in through:
+            assert ends(sock, 2.0)
         assert time.monotonic() - began < 2.0
-        bed.servers["n2a"].wait_event("closed", 3.0, mark, service="echo")
+        eventually(
+            "the server's ends of both connections end too",
+            lambda: len(bed.servers["n2a"].events("closed", mark, service="echo")) == 2,
+        )
         agent.start(*agent.options)
-        echo(within_other)
-        echo(into_other)
-    passes(bed, bed["n1a"], bed["n2a"].address(family))
+        for sock in others:
+            echo(sock)
+    finally:
+        for sock in through + others:
+            sock.close()
+    for family in FAMILIES:
+        passes(bed, bed["n1a"], bed["n2a"].address(family))
 
 
 def test_a_connection_survives_its_agents_pause(bed: Testbed, family: Family) -> None:
@@ -127,12 +140,24 @@ def test_a_connection_survives_its_agents_pause(bed: Testbed, family: Family) ->
         echo(sock)
 
 
-def test_an_agent_takes_its_pods_over_again(bed: Testbed, family: Family) -> None:
+def test_an_agent_takes_its_pods_over_again(bed: Testbed) -> None:
     agent = bed.agents[1]
     before = {pod: agent.pod_state(pod) for pod in ("apps/n1a", "apps/n1b")}
+    assert set(before.values()) == {"attached"}
     with agent.dead():
         pass
     assert {pod: agent.pod_state(pod) for pod in before} == before
-    assert set(before.values()) == {"attached"}
-    passes(bed, bed["n1a"], bed["n2a"].address(family))
-    passes(bed, bed["n2a"], bed["n1a"].address(family))
+    for family in FAMILIES:
+        passes(bed, bed["n1a"], bed["n2a"].address(family))
+        passes(bed, bed["n2a"], bed["n1a"].address(family))
+
+
+def test_an_agent_says_in_three_ways_that_it_is_ready(bed: Testbed) -> None:
+    agent = bed.agents[1]
+    with bed.connect(1, "127.0.0.1", 15021) as sock:
+        sock.sendall(b"GET /healthz/ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert receive_all(sock).startswith(b"HTTP/1.1 200 ")
+    assert agent.cli("status", check=False).returncode == 0
+    assert "\tready" in agent.program.log.read_text()
+    with agent.dead():
+        assert agent.cli("status", check=False).returncode == 69

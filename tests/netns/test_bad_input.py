@@ -123,6 +123,26 @@ def test_a_kernel_without_bpf_is_named(half: Testbed, options: dict[str, str]) -
     fails(half, argv, 1, "BPF")
 
 
+def test_missing_kernel_headers_are_named_with_their_package(
+    half: Testbed, options: dict[str, str]
+) -> None:
+    # In a mount namespace of its own the machine has none; the bpffs is the host's still.
+    archive = "/sys/kernel/kheaders.tar.xz"
+    hide = (
+        "mount -t tmpfs none /usr/src && mount -t tmpfs none /lib/modules && "
+        f"if [ -e {archive} ]; then mount --bind /dev/null {archive}; fi && "
+        'exec "$@"'
+    )
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", hide, "sh", *run(options)]
+    fails(half, argv, 1, "kernel headers", "apt-get install linux-headers-")
+
+
+def test_run_refuses_a_bpffs_that_would_die_with_it(half: Testbed, options: dict[str, str]) -> None:
+    # `ip netns exec` gives a /sys of its own, in which no pin lasts.
+    argv = ["ip", "netns", "exec", half.node_netns(2), *run(options)]
+    fails(half, argv, 1, "mount namespace", "nsenter --net=")
+
+
 def test_a_missing_ca_is_not_made(half: Testbed, options: dict[str, str], tmp_path: Path) -> None:
     options["--ca-dir"] = str(tmp_path / "ca")
     fails(half, run(options), 78, options["--ca-dir"], "ca init")
