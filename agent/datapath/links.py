@@ -11,14 +11,13 @@ Names in bpffs take no dot, hence interface indexes and not names.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
-from meshbpf.agent.datapath import bpfsys, rtnetlink
+from meshbpf.agent.datapath import bpfsys, probes, rtnetlink
 from meshbpf.agent.datapath.abi import AttachType, MultiAttach
 from meshbpf.agent.datapath.bpfcall import BpfError
 from meshbpf.agent.datapath.netns import Netns
@@ -28,7 +27,6 @@ from meshbpf.agent.datapath.records import TcPoint
 from meshbpf.bpf import PROGRAMS_BY_NAME
 
 _FILTER_PRIORITY: Final = 1
-_NO_SUCH_INTERFACE: Final = 0x7FFF_FFFF
 
 SK_LOOKUP_PIN: Final = "sk_lookup"
 
@@ -36,11 +34,9 @@ SK_LOOKUP_PIN: Final = "sk_lookup"
 def kernel_has_tcx() -> bool:
     """Whether TC programs can be attached by link (6.6)."""
     try:
-        # Nothing can come of it: neither the program nor the device exists.
-        bpfsys.link_create(-1, _NO_SUCH_INTERFACE, AttachType.TCX_EGRESS)
-    except BpfError as error:
-        # An older kernel does not get as far as looking for the program.
-        return error.errno != errno.EINVAL
+        probes.tcx()
+    except BpfError:
+        return False
     return True
 
 
