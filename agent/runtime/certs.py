@@ -96,9 +96,21 @@ class _Held:
     attempted: trio.Event = field(default_factory=trio.Event)
     """Set at the end of the next attempt, then replaced."""
     tls: WorkloadTls | None = None
+    chain_pem: bytes = b""
     serial: str = ""
     renew_at: datetime | None = None
     error: MeshbpfError | None = None
+    """Why the newest attempt failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldCertificate:
+    """One identity with its certificates, leaf first; never its key."""
+
+    identity: str
+    chain_pem: bytes
+    """Empty while there is none."""
+    error: str
     """Why the newest attempt failed."""
 
 
@@ -185,6 +197,20 @@ class CertificateStore:
             roots=tuple(root.fingerprint(hashes.SHA256()).hex() for root in roots),
         )
 
+    def held(self) -> list[HeldCertificate]:
+        """Every identity of this node, for whoever shows certificates whole."""
+        return [
+            HeldCertificate(
+                str(one.identity), one.chain_pem, one.error.what if one.error is not None else ""
+            )
+            for one in self._held.values()
+        ]
+
+    @property
+    def roots_pem(self) -> bytes:
+        """What peers are judged by."""
+        return self._issuer.roots_pem
+
     def statistics(self) -> CertificateStatistics:
         """Counters since the start."""
         return CertificateStatistics(len(self._held), self._issued, self._failed)
@@ -249,6 +275,7 @@ class CertificateStore:
             )
         renewed = held.tls is not None
         held.tls = tls
+        held.chain_pem = chain_pem
         held.serial = f"{x509.load_pem_x509_certificate(chain_pem).serial_number:x}"
         # The issuer may grant less than was asked for; near its own end so
         # much less that half of it must not become a busy loop.
