@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+from meshbpf.agent.datapath.mounts import mounts_of
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import Role, Steering
 
@@ -30,7 +31,8 @@ MESH_V4, MESH_V6 = "198.19.1.1", "fd00:6d62:19::1"  # nobody has these
 MESH = tuple(map(ip_network, ("198.19.0.0/16", "fd00:6d62:19::/48")))
 PEER_IN_MESH = tuple(map(ip_network, (f"{PEER_V4}/32", f"{PEER_V6}/128")))
 APP_PORT = 80
-CGROUP2 = Path("/sys/fs/cgroup/unified")
+# /sys/fs/cgroup where version 2 is alone, a folder in it where both are mounted.
+CGROUP2 = next(mount.point for mount in mounts_of() if mount.kind == "cgroup2")
 
 SO_MARK = 36
 IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75
