@@ -242,11 +242,15 @@ class Steering:
             mesh.delete_many(codecs.prefix(_GROUP, one) for one in removed)
             self._mesh = wanted
 
-    def beat(self, *, lease_s: float) -> None:
-        """Tell the hooks that the agent lives, and that its state holds for `lease_s` more."""
+    def beat(self, *, lease_s: float, ahead_s: float = 0.0) -> None:
+        """Tell the hooks that the agent lives, and that its state holds for `lease_s` more.
+
+        A beat dated `ahead_s` ahead says that listeners which outlive this
+        agent will be served by another one until then.
+        """
         now_ns = time.monotonic_ns()
         self._heart[_LEASE] = now_ns + int(lease_s * 1e9)
-        self._heart[_BEAT] = now_ns
+        self._heart[_BEAT] = now_ns + int(ahead_s * 1e9)
 
     def protect(self, sock: socket.socket) -> None:
         """Make it the agent's own socket, which is never captured. Before connect()."""

@@ -25,6 +25,7 @@ from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_now
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer, counters, error_body, summed
+from meshbpf.agent.runtime.fd_store import GRACE_S, FdStore
 from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
 from meshbpf.agent.runtime.logs import Log, LogWriter
@@ -56,7 +57,9 @@ class Agent:
         control: ControlServer,
         writer: LogWriter,
         nursery: trio.Nursery,
+        store: FdStore,
     ) -> None:
+        self._store = store
         self._settings = settings
         self._state_dir = state_dir
         self._source = source
@@ -100,6 +103,7 @@ class Agent:
             server=self._forwarder,
             mesh=self._mesh.current,
             nursery=self._nursery,
+            store=self._store,
         )
         for path in settings.probe_cgroups:
             if not path.is_dir():
@@ -131,16 +135,48 @@ class Agent:
         Call it shielded: it takes 3 s at most, most of it a forwarder's goodbye.
         """
         self.readiness.require("running", lambda: False)
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
+        waits = self._bequeath()
         if self.pods is not None:
-            if self.pods.any_open():
+            if self.pods.any_open() and not waits:
                 # Until the silence is long enough the kernel still hands
                 # connections over: serve them, or an open pod would refuse.
                 await trio.sleep(self._settings.heartbeat_limit_s)
             await self.pods.stop_serving()
         if self._steering is not None:
             await trio.to_thread.run_sync(self._steering.close)
+
+    def _bequeath(self) -> bool:
+        """End the heartbeat. True when new connections wait for a successor in kept listeners."""
+        if self._heartbeat is None:
+            return False
+        if self.pods is not None and self.pods.any_kept():
+            try:
+                self._heartbeat.bequeath(GRACE_S)
+            except MeshbpfError as error:
+                log.error("connections will not wait for a successor", cause=error)
+            else:
+                return True
+        self._heartbeat.stop()
+        return False
+
+    # --- for the service manager ----------------------------------------------
+
+    def status_line(self) -> str:
+        """One line for people: what is pending, or what is carried."""
+        pending = self.readiness.pending()
+        totals = self._connections.statistics()
+        carried = totals.open_inbound + totals.open_outbound
+        line = f"{len(self._all_pods())} pods, {carried} connections"
+        return f"not ready, waiting for {', '.join(pending)}; {line}" if pending else line
+
+    def datapath_answers(self) -> bool:
+        """Whether the beat that the kernel holds is a young one. Blocking; may raise BpfError."""
+        if self._steering is None or self._heartbeat is None or not self._heartbeat.beating:
+            return False
+        age_s = self._steering.statistics().heartbeat_age_s
+        return age_s is not None and age_s < self._settings.heartbeat_limit_s
+
+    # --- parts ----------------------------------------------------------------
 
     def _open_steering(self) -> Steering:
         return Steering.open(

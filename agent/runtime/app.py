@@ -37,10 +37,12 @@ from meshbpf.agent.config import Settings
 from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.runtime import attachments, logs, readiness
+from meshbpf.agent.runtime import attachments, logs, readiness, supervised
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
+from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.logs import Log, LogWriter
+from meshbpf.agent.runtime.notify import Notifier, take_stored
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.state_source import LocalXdsSource
 
@@ -61,6 +63,8 @@ class Prepared:
     control: ControlServer
     control_listener: socket.socket
     readiness_listener: socket.socket
+    notifier: Notifier
+    store: FdStore
     logs: LogWriter
 
 
@@ -92,6 +96,9 @@ def run(settings: Settings) -> int:
 
 def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepared:
     _raise_descriptor_limit()
+    # First, and whatever becomes of the rest: no child may inherit these.
+    notifier = Notifier.of(os.environ, os.getpid())
+    store = FdStore(notifier, take_stored(os.environ, os.getpid()))
     authority = ca_files.load(settings.ca_dir)
     if settings.origins.get("trust_domain") != "flag" and authority.trust_domain:
         settings = replace(settings, trust_domain=authority.trust_domain)
@@ -123,6 +130,8 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
         control=control,
         control_listener=control_listener,
         readiness_listener=readiness_listener,
+        notifier=notifier,
+        store=store,
         logs=writer,
     )
 
@@ -138,6 +147,7 @@ async def _main(prepared: Prepared) -> None:
                 prepared.control,
                 prepared.logs,
                 services,
+                prepared.store,
             )
             services.start_soon(readiness.serve, prepared.readiness_listener, agent.readiness)
             services.start_soon(prepared.control.serve, prepared.control_listener)
@@ -147,6 +157,7 @@ async def _main(prepared: Prepared) -> None:
                 _settle_memory()
                 work.start_soon(agent.watch)
                 log.info("ready")
+                work.start_soon(supervised.tell, prepared.notifier, agent)
             with trio.CancelScope(shield=True):
                 await agent.stop()
             services.cancel_scope.cancel()

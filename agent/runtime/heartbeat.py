@@ -39,8 +39,8 @@ log = Log("heartbeat")
 class Beater(Protocol):
     """The part of Steering that is used here."""
 
-    def beat(self, *, lease_s: float) -> None:
-        """Write the heartbeat, and a lease that ends `lease_s` from now."""
+    def beat(self, *, lease_s: float, ahead_s: float = 0.0) -> None:
+        """Write a heartbeat of `ahead_s` from now, and a lease that ends in `lease_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,15 @@ class Heartbeat:
         if self._thread.is_alive():
             self._thread.join()
         self._beating = False
+
+    def bequeath(self, grace_s: float) -> None:
+        """Stop with a beat that is good for `grace_s`: a successor takes the listeners over.
+
+        Raises MeshbpfError when it cannot be written; it is stopped all the same.
+        """
+        self.stop()
+        left_s = self._lease_from + self._lease_s - self._clock()
+        self._steering.beat(lease_s=max(0.0, left_s), ahead_s=grace_s)
 
     async def tick(self) -> None:
         """Tell the thread that the loop turns, until cancelled."""

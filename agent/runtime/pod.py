@@ -18,6 +18,7 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import AttachedPod, Steering
 from meshbpf.agent.runtime.attachments import Attachment
+from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.pod_sockets import (
@@ -70,8 +71,8 @@ class Pod:
         """The kernel captures for it, and it is or will be served."""
         return self.kernel is not None
 
-    def attach_blocking(self, steering: Steering) -> None:
-        """Open the listeners, then let the kernel capture.
+    def attach_blocking(self, steering: Steering, store: FdStore) -> None:
+        """Open the listeners, or take an earlier agent's, then let the kernel capture.
 
         Raises MeshbpfError; then nothing of it is open, and the kernel is as
         it was.
@@ -79,13 +80,17 @@ class Pod:
         netns = Netns.open(self.attachment.netns)
         listeners: Listeners = {}
         try:
-            listeners = open_listeners(PodSockets(netns, steering.protect))
+            inherited = listeners = store.take(self.key, netns)
+            for sock in inherited.values():
+                steering.protect(sock)
+            listeners = open_listeners(PodSockets(netns, steering.protect), inherited)
             kernel = steering.attach(pod_steering(self.attachment, netns), listeners)
         except BaseException:
             close_all(listeners)
             netns.close()
             raise
         self.kernel, self._netns, self._listeners = kernel, netns, listeners
+        store.keep(self.key, netns, listeners)
         addresses = frozenset(kernel.addresses)
         self.local = LocalPod(
             namespace=self.attachment.name.namespace,
@@ -102,7 +107,9 @@ class Pod:
         self.kernel = steering.attach(pod_steering(wanted, self._netns), self._listeners)
         self.attachment = wanted
 
-    async def serve(self, server: PodServer, steering: Steering, lock: trio.Lock) -> None:
+    async def serve(
+        self, server: PodServer, steering: Steering, lock: trio.Lock, store: FdStore
+    ) -> None:
         """Run the forwarder until `end`; should it fail, again with fresh listeners."""
         assert self.local is not None  # noqa: S101 (it is attached)
         try:
@@ -116,7 +123,7 @@ class Pod:
                         # must not reach the others.
                         self.reason = f"{type(error).__name__}: {error}"
                         log.error("forwarder of a pod failed", cause=error, pod=self.key)
-                    await self._reopen(steering, lock)
+                    await self._reopen(steering, lock, store)
         finally:
             self._ended.set()
 
@@ -141,18 +148,18 @@ class Pod:
             self._netns.close()
             self._netns = None
 
-    async def _reopen(self, steering: Steering, lock: trio.Lock) -> None:
+    async def _reopen(self, steering: Steering, lock: trio.Lock, store: FdStore) -> None:
         while self.reason:
             await trio.sleep(SERVE_RETRY_S)
             async with lock:
                 try:
-                    await trio.to_thread.run_sync(self._reopen_blocking, steering)
+                    await trio.to_thread.run_sync(self._reopen_blocking, steering, store)
                 except (MeshbpfError, OSError) as error:
                     log.error("listeners of a pod cannot be reopened", cause=error, pod=self.key)
                 else:
                     self.reason = ""
 
-    def _reopen_blocking(self, steering: Steering) -> None:
+    def _reopen_blocking(self, steering: Steering, store: FdStore) -> None:
         assert self._netns is not None  # noqa: S101 (it is attached)
         fresh = open_listeners(PodSockets(self._netns, steering.protect))
         try:
@@ -162,3 +169,4 @@ class Pod:
             raise
         close_all(self._listeners)
         self._listeners = fresh
+        store.keep(self.key, self._netns, fresh)

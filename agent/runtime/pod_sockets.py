@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from ipaddress import IPv6Address, ip_network
 from pathlib import Path
+from types import MappingProxyType
 
 from meshbpf.agent.datapath.steering import STEER_MARK, OnAgentDown, PodSteering, Role
 
@@ -100,16 +101,21 @@ class PodSockets:
             raise
 
 
-def open_listeners(sockets: PodSockets) -> dict[tuple[Role, int], socket.socket]:
+def open_listeners(
+    sockets: PodSockets, inherited: Listeners = MappingProxyType({})
+) -> dict[tuple[Role, int], socket.socket]:
     """One listener per role and family; a namespace without IPv6 gets IPv4 ones alone.
 
-    Blocking. Raises MeshbpfError; then none stays open.
+    Those `inherited` from an earlier agent are used as they are. Blocking.
+    Raises MeshbpfError; then none stays open.
     """
-    opened: dict[tuple[Role, int], socket.socket] = {}
+    opened: dict[tuple[Role, int], socket.socket] = dict(inherited)
     try:
         for family in FAMILIES:
             try:
                 for role in Role:
+                    if (role, int(family)) in opened:
+                        continue
                     opened[role, family] = sockets.listener(role, family)
             except OSError as error:
                 no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)

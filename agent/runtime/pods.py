@@ -29,6 +29,7 @@ from meshbpf.agent.runtime import attachments
 from meshbpf.agent.runtime.attach_plan import AttachError, candidates, identity, plan
 from meshbpf.agent.runtime.attachments import Attachment
 from meshbpf.agent.runtime.certs import CertificateStore, utc_now
+from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.pod import Pod, PodServer
 
@@ -52,8 +53,10 @@ class PodManager:
         server: PodServer,
         mesh: Callable[[], Snapshot],
         nursery: trio.Nursery,
+        store: FdStore,
     ) -> None:
         self._settings = settings
+        self._store = store
         self._path = path
         self._steering = steering
         self._lock = datapath_lock
@@ -133,6 +136,7 @@ class PodManager:
                 else:
                     log.info("pod's network namespace is gone, detached", pod=key)
                     await trio.to_thread.run_sync(self._steering.detach, key)
+            await trio.to_thread.run_sync(self._store.drop_unclaimed)
             if self._pods.keys() != recorded.keys():
                 await self._save()
 
@@ -163,6 +167,10 @@ class PodManager:
         """Whether some pod talks past the mesh while no agent runs."""
         return any(pod.attachment.on_agent_down == "open" for pod in self._pods.values())
 
+    def any_kept(self) -> bool:
+        """Whether a successor will find listeners of ours, with connections that wait."""
+        return any(self._store.keeps(key) for key in self._pods)
+
     async def stop_serving(self) -> None:
         """End the forwarders at the agent's end: the attachments remain."""
         self._stopping = True
@@ -179,7 +187,7 @@ class PodManager:
         pod = Pod(attachment, self._identity(attachment))
         self._certificates.hold(pod.identity, pod.key)
         try:
-            await trio.to_thread.run_sync(pod.attach_blocking, self._steering)
+            await trio.to_thread.run_sync(pod.attach_blocking, self._steering, self._store)
         except BaseException:
             before = self._pods.get(pod.key)
             if before is None or before.identity != pod.identity:
@@ -188,7 +196,12 @@ class PodManager:
         self._warn_of_doubts(pod)
         self._pods[pod.key] = pod
         self._nursery.start_soon(
-            pod.serve, self._server, self._steering, self._lock, name=f"pod {pod.key}"
+            pod.serve,
+            self._server,
+            self._steering,
+            self._lock,
+            self._store,
+            name=f"pod {pod.key}",
         )
         return pod
 
@@ -216,6 +229,7 @@ class PodManager:
     async def _stop(self, pod: Pod) -> None:
         """Lift the capture, end the forwarder, forget. Raises MeshbpfError before any of it."""
         await trio.to_thread.run_sync(self._steering.detach, pod.key)
+        await trio.to_thread.run_sync(self._store.drop, pod.key)
         del self._pods[pod.key]
         self._certificates.release(pod.identity, pod.key)
         await pod.end()
@@ -237,6 +251,8 @@ class PodManager:
         try:
             await self._start(pod.attachment)
         except Exception as error:  # noqa: BLE001 (one pod's trouble stays its own)
+            # Nobody accepts for it now: connections must not wait in a queue.
+            await trio.to_thread.run_sync(self._store.drop, pod.key)
             self._fail(pod, error)
         else:
             log.info(success, pod=pod.key, netns=pod.attachment.netns)

@@ -16,12 +16,14 @@ class Kernel:
 
     def __init__(self) -> None:
         self.leases: list[float] = []
+        self.ahead_s = 0.0
         self.broken = False
 
-    def beat(self, *, lease_s: float) -> None:
+    def beat(self, *, lease_s: float, ahead_s: float = 0.0) -> None:
         if self.broken:
             raise MeshbpfError("bpf", "no map")
         self.leases.append(lease_s)
+        self.ahead_s = ahead_s
 
 
 class Fixture:
@@ -46,6 +48,17 @@ def test_a_beat_extends_the_lease_while_the_source_is_healthy() -> None:
         it.now += 1.0
     assert it.kernel.leases == [60.0, 60.0, 60.0]
     assert it.heartbeat.beating
+
+
+def test_a_successor_gets_a_beat_dated_ahead_and_what_is_left_of_the_lease() -> None:
+    it = Fixture()
+    it.heartbeat.beat_once()
+    assert it.kernel.ahead_s == 0.0
+    it.now += 20.0
+    it.heartbeat.bequeath(10.0)
+    assert it.kernel.leases == [60.0, 40.0]
+    assert it.kernel.ahead_s == 10.0
+    assert not it.heartbeat.beating
 
 
 def test_with_a_sick_source_the_lease_runs_out_and_never_below_zero() -> None:

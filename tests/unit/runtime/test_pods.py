@@ -42,7 +42,9 @@ from meshbpf.agent.runtime import pod as pod_module
 from meshbpf.agent.runtime import pods as pods_module
 from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer
+from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.local_pod import LocalPod
+from meshbpf.agent.runtime.notify import Notifier
 from meshbpf.agent.runtime.pods import PodManager
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
@@ -173,6 +175,7 @@ class Node:
             server=self.server,
             mesh=lambda: self.mesh,
             nursery=nursery,
+            store=FdStore(Notifier(None, None), {}),
         )
 
     async def attach(self, name: str, netns: Path, **given: Any) -> AttachResult:
