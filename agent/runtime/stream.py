@@ -145,6 +145,8 @@ class TunnelStream:
             try:
                 size = app.recvmsg_into(layout.slots(limit))[0]
             except BlockingIOError:
+                # It may have been our turn, and we have nothing to say.
+                tunnel.pass_turn()
                 await trio.lowlevel.wait_readable(app)
                 continue
             if not size:

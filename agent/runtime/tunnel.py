@@ -191,20 +191,20 @@ class Tunnel:
             )
         )
         self._transmit()
-        self._pass_turn()
+        self.pass_turn()
 
     async def wait_turn(self, stream: TunnelStream, parking: trio.lowlevel.ParkingLot) -> None:
         """Wait until `send_budget` may have risen. Cancelling it loses nobody's turn."""
         queue = self._turn if self._backlog else self._windowless
         if queue is self._windowless:
             # The socket is free and this stream cannot use it.
-            self._pass_turn()
+            self.pass_turn()
         queue[stream] = None
         try:
             await parking.park()
         except trio.Cancelled:
             queue.pop(stream, None)
-            self._pass_turn()
+            self.pass_turn()
             raise
         queue.pop(stream, None)
 
@@ -220,6 +220,7 @@ class Tunnel:
         if not self.closed:
             self._wire.end(stream.id)
             self._send_control()
+            self.pass_turn()
         if stream.complete:
             self._drop(stream)
 
@@ -228,6 +229,7 @@ class Tunnel:
         if not self.closed:
             self._wire.reset(stream.id, error_code)
             self._send_control()
+            self.pass_turn()
         self._drop(stream)
 
     # --- life ---------------------------------------------------------------
@@ -402,10 +404,14 @@ class Tunnel:
                     backlog.popleft()
                 else:
                     backlog[0] = backlog[0][sent:]
-            self._pass_turn()
+            self.pass_turn()
 
-    def _pass_turn(self) -> None:
-        """Let the next stream send, if the socket is free."""
+    def pass_turn(self) -> None:
+        """Let the next stream send, if the socket is free.
+
+        Whoever was woken owes a call of this, sent something or not: a turn
+        that is kept strands all that wait behind it.
+        """
         if self._turn and not self._backlog:
             stream = next(iter(self._turn))
             del self._turn[stream]
