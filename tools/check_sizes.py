@@ -37,7 +37,9 @@ def main() -> int:
     if p90 > NINE_IN_TEN or median > MEDIAN_CAP:
         print(f"median {median} (cap {MEDIAN_CAP}), nine in ten under {p90} (cap {NINE_IN_TEN})")
         failed = True
-    print(f"sizes: {len(sizes)} files, median {median:g}, p90 {p90}, longest {max(sizes, default=0)}")
+    print(
+        f"sizes: {len(sizes)} files, median {median:g}, p90 {p90}, longest {max(sizes, default=0)}"
+    )
     return int(failed)
 
 
