@@ -18,7 +18,7 @@ accept them (a CLI may talk to a newer agent).
 from __future__ import annotations
 
 from datetime import datetime
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -304,6 +304,66 @@ class ServicesRequest(Request[ServicesResult], frozen=True):
     RESULT: ClassVar[type[Result]] = ServicesResult
 
 
+class PolicyInfo(Result, frozen=True):
+    """One authorization policy of the mesh."""
+
+    namespace: str
+    name: str
+    action: Literal["ALLOW", "DENY"]
+    scope: Literal["GLOBAL", "NAMESPACE", "WORKLOAD_SELECTOR"]
+    dry_run: bool
+    """It is only reported, never enforced."""
+    inexpressible: str
+    """Why it cannot be evaluated and so fails closed; empty when it can."""
+    workloads: int
+    """How many workloads name it (scope WORKLOAD_SELECTOR)."""
+    rules: int
+    spec: tuple[tuple[tuple[dict[str, Any], ...], ...], ...]
+    """Rules, each of clauses, each of matches: the keys are those of the mesh file."""
+
+
+class PoliciesResult(Result, frozen=True):
+    """All policies, sorted by namespace, name."""
+
+    policies: tuple[PolicyInfo, ...]
+
+
+class PoliciesRequest(Request[PoliciesResult], frozen=True):
+    """What does the mesh state say of policies?"""
+
+    VERB: ClassVar[str] = "policies"
+    RESULT: ClassVar[type[Result]] = PoliciesResult
+
+
+# --- logs -------------------------------------------------------------------
+
+
+class LogResult(Result, frozen=True):
+    """The log levels in force."""
+
+    level: str
+    """Of every scope that has none of its own."""
+    scopes: dict[str, str]
+    known: tuple[str, ...]
+    """Scopes that this agent logs under."""
+    for_s: float | None = None
+    """After this time what was changed now is taken back; None: it stays."""
+
+
+class LogRequest(Request[LogResult], frozen=True):
+    """Which log levels are in force? With `level` or `reset`: change them first."""
+
+    VERB: ClassVar[str] = "log"
+    RESULT: ClassVar[type[Result]] = LogResult
+
+    level: str = ""
+    """LEVEL or SCOPE=LEVEL, several with commas."""
+    reset: bool = False
+    """Return to the levels of the start, before `level` is applied."""
+    for_s: float | None = None
+    """Take the change back after this many seconds."""
+
+
 # --- certificates, connections, version -------------------------------------
 
 
@@ -430,6 +490,8 @@ AnyRequest = (
     | DetachRequest
     | WorkloadsRequest
     | ServicesRequest
+    | PoliciesRequest
+    | LogRequest
     | CertsRequest
     | ConnectionsRequest
     | VersionRequest
@@ -444,6 +506,8 @@ REQUESTS: dict[str, type[AnyRequest]] = {
         DetachRequest,
         WorkloadsRequest,
         ServicesRequest,
+        PoliciesRequest,
+        LogRequest,
         CertsRequest,
         ConnectionsRequest,
         VersionRequest,

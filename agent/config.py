@@ -27,7 +27,10 @@ Origin = Literal["default", "flag"]
 
 DEFAULT_STATE_DIR = Path("/var/lib/meshbpf")
 READINESS_PORT = 15021
-"""Istio's readiness port."""
+ADMIN_PORT = 15000
+STATS_PORT = 15020
+"""These three as Istio's."""
+METRICS_GRACE_S = 300.0
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
@@ -91,6 +94,16 @@ class Settings:
     heartbeat_limit_s: float = 0.5
     """Silence after which the kernel takes this agent for dead."""
     readiness_port: int = READINESS_PORT
+    admin_port: int = ADMIN_PORT
+    """On loopback; 0 is off."""
+    admin_open: bool = False
+    """Anyone who reaches the admin port may use it, as ztunnel's."""
+    stats_port: int = STATS_PORT
+    """0 is off."""
+    metric_labels: tuple[str, ...] = ()
+    """The labels that istio_tcp_* series keep; none given means all."""
+    metrics_grace_s: float = METRICS_GRACE_S
+    """How long a series outlives its workload."""
     log_level: LogLevel = "info"
     log_format: LogFormat = "plain"
     origins: Mapping[str, Origin] = field(default_factory=dict)
@@ -109,6 +122,9 @@ class Settings:
         # Three beats of 100 ms must fit, or a busy moment looks like a death.
         _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0, "300ms to 60s")
         _between("readiness-port", self.readiness_port, 1, 65535, "1 to 65535")
+        _between("admin-port", self.admin_port, 0, 65535, "0 to 65535")
+        _between("stats-port", self.stats_port, 0, 65535, "0 to 65535")
+        _between("metrics-grace", self.metrics_grace_s, 0.0, 7 * _UNIT_S["d"], "0s to 7d")
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Settings:

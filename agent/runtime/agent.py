@@ -30,11 +30,14 @@ from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.mesh import LiveMesh
+from meshbpf.agent.runtime.monitoring import Monitoring, Parts
 from meshbpf.agent.runtime.pod import Pod
 from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.readiness import Readiness
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.state_source import LocalXdsSource
+from meshbpf.agent.runtime.telemetry import Telemetry
+from meshbpf.agent.runtime.traffic_metrics import check_allowed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -76,11 +79,17 @@ class Agent:
         self.pods: PodManager | None = None
         self.readiness = Readiness("bpf", "certificates", "heartbeat", "mesh-state", "pods")
         self._mesh = LiveMesh(self._datapath_lock)
-        self._connections = ConnectionRegistry()
+        self._connections = ConnectionRegistry(
+            telemetry=Telemetry(
+                allowed_labels=check_allowed(settings.metric_labels) or None,
+                grace_s=settings.metrics_grace_s,
+            )
+        )
         self._certificates = CertificateStore(
             EmbeddedIssuer(authority), nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
         )
         self._register_verbs()
+        self.monitoring = Monitoring(self._monitored(), nursery)
 
     # --- life ---------------------------------------------------------------
 
@@ -128,6 +137,7 @@ class Agent:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._source.watch, self._mesh.apply)
             nursery.start_soon(self.pods.watch)
+            nursery.start_soon(self.monitoring.sweep)
 
     async def stop(self) -> None:
         """End in the order that the kernel side needs; attachments remain.
@@ -340,6 +350,22 @@ class Agent:
         if dropped:
             found.append(f"{dropped} log records dropped: stderr is not read fast enough")
         return found
+
+    def _monitored(self) -> Parts:
+        return Parts(
+            settings=self._settings,
+            control=self._control,
+            writer=self._writer,
+            connections=self._connections,
+            certificates=self._certificates,
+            mesh=self._mesh.current,
+            pods=self._all_pods,
+            pools=lambda: self._forwarder.statistics().pools if self._forwarder else {},
+            decisions=lambda: self._steering.statistics().decisions if self._steering else None,
+            loop_lag_s=lambda: self._heartbeat.statistics().loop_lag_s if self._heartbeat else None,
+            ready=lambda: not self.readiness.pending(),
+            source_healthy=lambda: self._source.healthy,
+        )
 
     def _counters(self) -> dict[str, dict[str, int | float]]:
         parts: dict[str, DataclassInstance] = {

@@ -37,7 +37,8 @@ from meshbpf.agent.config import Settings
 from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.runtime import attachments, logs, readiness, supervised
+from meshbpf.agent.runtime import attachments, httpd, logs, readiness, supervised
+from meshbpf.agent.runtime.admin import Admin
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.fd_store import FdStore
@@ -63,6 +64,8 @@ class Prepared:
     control: ControlServer
     control_listener: socket.socket
     readiness_listener: socket.socket
+    stats_listeners: list[socket.socket]
+    admin_listeners: list[socket.socket]
     notifier: Notifier
     store: FdStore
     logs: LogWriter
@@ -109,6 +112,13 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
     attachments.load(state_dir.attachments)  # a broken record, before anything is touched
     readiness_listener = readiness.open_listener(settings.readiness_port)
     stack.callback(readiness_listener.close)
+    stats_listeners, admin_listeners = [], []
+    if settings.stats_port:
+        stats_listeners.append(httpd.open_listener(settings.stats_port, "stats"))
+    if settings.admin_port:
+        admin_listeners += httpd.open_loopback(settings.admin_port, "admin")
+    for listener in (*stats_listeners, *admin_listeners):
+        stack.callback(listener.close)
     control = ControlServer(state_dir.control_socket)
     control_listener = control.open()
     stack.callback(control_listener.close)
@@ -130,6 +140,8 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
         control=control,
         control_listener=control_listener,
         readiness_listener=readiness_listener,
+        stats_listeners=stats_listeners,
+        admin_listeners=admin_listeners,
         notifier=notifier,
         store=store,
         logs=writer,
@@ -151,8 +163,10 @@ async def _main(prepared: Prepared) -> None:
             )
             services.start_soon(readiness.serve, prepared.readiness_listener, agent.readiness)
             services.start_soon(prepared.control.serve, prepared.control_listener)
+            _serve_monitoring(services, prepared, agent)
             async with trio.open_nursery() as work:
                 work.start_soon(_stop_on_signal, signals, work.cancel_scope)
+                work.start_soon(_stop_when_asked, agent, work.cancel_scope)
                 await agent.start(prepared.state)
                 _settle_memory()
                 work.start_soon(agent.watch)
@@ -169,6 +183,20 @@ async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) 
         log.info("stopping", signal=signal.Signals(number).name)
         scope.cancel()
         return
+
+
+async def _stop_when_asked(agent: Agent, scope: trio.CancelScope) -> None:
+    await agent.monitoring.asked_to_quit()
+    scope.cancel()
+
+
+def _serve_monitoring(services: trio.Nursery, prepared: Prepared, agent: Agent) -> None:
+    monitoring = agent.monitoring
+    if prepared.stats_listeners:
+        services.start_soon(httpd.serve, prepared.stats_listeners, monitoring.serve_metrics)
+    if prepared.admin_listeners:
+        admin = Admin(monitoring.admin_sources(), open_to_all=prepared.settings.admin_open)
+        services.start_soon(httpd.serve, prepared.admin_listeners, admin.handle)
 
 
 def _settle_memory() -> None:

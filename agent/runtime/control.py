@@ -81,6 +81,11 @@ class ControlServer:
         """Answer `request` with `handler`, which may raise MeshbpfError."""
         self._handlers[request.VERB] = handler
 
+    async def ask(self, request: Request[R]) -> R:
+        """The answer to a request of this process itself. Raises what the handler raises."""
+        answer: R = await self._handlers[request.VERB](request)  # type: ignore[assignment]
+        return answer
+
     def open(self) -> socket.socket:
         """Bind the socket. A leftover of a dead agent is replaced: the state
         directory's lock, which the caller holds, says that it is dead.

@@ -99,16 +99,10 @@ class LogLevels:
         self._started = _name(default) or "info"
         self._default = self._started
         self._scopes: dict[str, str] = {}
-        self._changes = 0
 
     def current(self) -> Levels:
         """What is in force."""
         return Levels(self._default, dict(self._scopes))
-
-    @property
-    def generation(self) -> int:
-        """Grows with every change: a timed change is taken back only if nobody came after it."""
-        return self._changes
 
     def change(self, text: str = "", *, reset: bool = False, only_known: bool = False) -> Levels:
         """Set what `text` says on top of what is in force, or of the start's levels on `reset`.
@@ -132,9 +126,17 @@ class LogLevels:
         self._apply(Levels(default or self._default, {**self._scopes, **scopes}))
         return self.current()
 
-    def restore(self, levels: Levels) -> None:
-        """Put levels of before in force again."""
-        self._apply(levels)
+    def undo(self, before: Levels, after: Levels) -> None:
+        """Take one change back, as far as nobody has changed the same levels since."""
+        scopes = dict(self._scopes)
+        for scope in {*before.scopes, *after.scopes}:
+            was, became = before.scopes.get(scope), after.scopes.get(scope)
+            if was != became and scopes.get(scope) == became:
+                scopes.pop(scope, None)
+                if was is not None:
+                    scopes[scope] = was
+        untouched = before.default == after.default or self._default != after.default
+        self._apply(Levels(self._default if untouched else before.default, scopes))
 
     def _apply(self, levels: Levels) -> None:
         for scope in self._scopes:
@@ -146,7 +148,6 @@ class LogLevels:
             for name in _loggers(scope):
                 logging.getLogger(name).setLevel(_NUMBERS[level])
         self._default, self._scopes = levels.default, dict(levels.scopes)
-        self._changes += 1
 
 
 def _loggers(scope: str) -> tuple[str, ...]:

@@ -90,6 +90,38 @@ _FILE = click.Path(path_type=Path, readable=False)
     help="Port of GET /healthz/ready.  [default: 15021]",
 )
 @click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65_535),
+    metavar="PORT",
+    help="Port of the admin page, on loopback; 0 is none.  [default: 15000]",
+)
+@click.option(
+    "--admin-open",
+    is_flag=True,
+    default=None,
+    help="Let anyone who reaches the admin port use it, not root alone.",
+)
+@click.option(
+    "--stats-port",
+    type=click.IntRange(0, 65_535),
+    metavar="PORT",
+    help="Port of GET /metrics; 0 is none.  [default: 15020]",
+)
+@click.option(
+    "--metric-label",
+    "metric_labels",
+    multiple=True,
+    metavar="NAME",
+    help="Keep this label of istio_tcp_* metrics and drop those not named; may be repeated.",
+)
+@click.option(
+    "--metrics-grace",
+    "metrics_grace_s",
+    type=DURATION,
+    metavar="TIME",
+    help="How long metrics outlive their workload.  [default: 5m]",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     help="[default: info]",
