@@ -180,6 +180,7 @@ class Agent:
             yield
         finally:
             self.program.send(signal.SIGCONT)
+            time.sleep(0.2)  # its first heartbeat, twice the interval away at most
 
     def agent_id(self) -> str:
         """The name of this agent's folder of pins."""

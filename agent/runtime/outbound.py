@@ -27,6 +27,7 @@ from meshbpf.agent.runtime.connections import (
     LiveConnection,
     Transport,
 )
+from meshbpf.agent.runtime.doubt import wait_answer
 from meshbpf.agent.runtime.handshake import shake_hands
 from meshbpf.agent.runtime.identity_source import Identities
 from meshbpf.agent.runtime.local_pod import LocalPod
@@ -155,16 +156,19 @@ class Outbound:
         async def dial(on_unusable: TunnelGone) -> Tunnel:
             return await self._dial_tunnel(key, on_unusable)
 
+        async def trial() -> None:
+            (await self._dial_tcp(key.source, key.gateway)).close()
+
         stream = await self._pod.pool.open(key, dial, request)
         try:
-            answer = await stream.wait_response()
+            answer = await wait_answer(stream, trial)
             if answer is None and not stream.tunnel.usable:
                 # The tunnel had died unnoticed, most often because its pod went
                 # and a new one has the address: what we sent brought the RST.
                 # No byte of the app's has been read, so ask on a new tunnel.
                 stream.abandon()
                 stream = await self._pod.pool.open(key, dial, request)
-                answer = await stream.wait_response()
+                answer = await wait_answer(stream, trial)
             if answer is None:
                 raise WireError("stream-failed", f"{route.gateway}: {stream.failure}")
             if answer.status != 200:
