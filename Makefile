@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bpf netns peers slow bench fresh-test check protos clean
+.PHONY: help setup demo test lint types unit bpf netns peers slow deb nspawn bench fresh-test check protos clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,12 @@ peers:  ## programs that are not ours against our HBONE (ZTUNNEL=PATH adds ztunn
 
 slow:  ## the long cases: gigabytes, thousands of streams, leak rounds
 	@$(PY) -m pytest -m slow tests
+
+deb:  ## the Debian package, in dist/
+	@packaging/build
+
+nspawn:  ## a node of the built package under systemd-nspawn
+	@$(PY) -m pytest -m "nspawn and not slow" tests/nspawn
 
 bench: setup  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by side
 	@$(PY) -m tests.bench
