@@ -108,6 +108,8 @@ class PodCounts(Result, frozen=True):
 
     attached: int
     failed: int
+    waiting: int = 0
+    """Attached by name, and no pod of that name runs here now."""
 
 
 class HeartbeatInfo(Result, frozen=True):
@@ -163,11 +165,12 @@ class PodInfo(Result, frozen=True):
     """NS/NAME."""
     namespace: str
     name: str
-    state: Literal["attached", "failed"]
+    state: Literal["attached", "failed", "waiting"]
+    """`waiting`: attached by name, and no pod of that name runs here now."""
     reason: str
-    """Why it failed; empty when attached."""
+    """Why it failed, or what it waits for; empty when attached."""
     netns: str
-    """Path of its network namespace as given at attach."""
+    """Path of its network namespace as given at attach, or as the runtime has it."""
     service_account: str
     identity: str
     workload: str
@@ -180,6 +183,14 @@ class PodInfo(Result, frozen=True):
     exempt_interfaces: tuple[str, ...]
     attached_at: datetime | None
     connections: int
+    by_name: bool = False
+    """Found by its name: it will be found again when it is recreated."""
+    sandbox: str = ""
+    """The runtime's id of the pod that is attached by name."""
+    uid: str = ""
+    """Its uid in Kubernetes."""
+    cgroup: str = ""
+    """Its cgroup v2 path below the mount."""
 
 
 class PodsResult(Result, frozen=True):
@@ -209,9 +220,13 @@ class AttachRequest(Request[AttachResult], frozen=True):
     RESULT: ClassVar[type[Result]] = AttachResult
 
     pod: str
-    """NS/NAME."""
-    netns: str
+    """NS/NAME. The container runtime is asked for it unless one of the next three is given."""
+    netns: str | None = None
     """A name under /run/netns, or a path."""
+    pid: int | None = None
+    """A process in the pod."""
+    container: str | None = None
+    """The id of a container in the pod, or at least 12 digits of it."""
     service_account: str | None = None
     """Default: what the mesh state says of the pod."""
     on_agent_down: OnAgentDownName | None = None

@@ -104,6 +104,10 @@ class Settings:
     """The labels that istio_tcp_* series keep; none given means all."""
     metrics_grace_s: float = METRICS_GRACE_S
     """How long a series outlives its workload."""
+    cri_socket: Path | None = None
+    """The container runtime's; by default the first known one that is there."""
+    account_wait_s: float = 5.0
+    """How long an attach by name waits for the mesh state to name the pod."""
     log_level: LogLevel = "info"
     log_format: LogFormat = "plain"
     origins: Mapping[str, Origin] = field(default_factory=dict)
@@ -121,6 +125,7 @@ class Settings:
         _between("lease", self.lease_s, 0.0, _UNIT_S["d"], "0s to 1d")
         # Three beats of 100 ms must fit, or a busy moment looks like a death.
         _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0, "300ms to 60s")
+        _between("account-wait", self.account_wait_s, 0.0, 45.0, "0s to 45s")
         _between("readiness-port", self.readiness_port, 1, 65535, "1 to 65535")
         _between("admin-port", self.admin_port, 0, 65535, "0 to 65535")
         _between("stats-port", self.stats_port, 0, 65535, "0 to 65535")

@@ -25,12 +25,15 @@ from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_now
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer, counters, error_body, summed
+from meshbpf.agent.runtime.cri import CriClient
 from meshbpf.agent.runtime.fd_store import GRACE_S, FdStore
 from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
+from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.mesh import LiveMesh
 from meshbpf.agent.runtime.monitoring import Monitoring, Parts
+from meshbpf.agent.runtime.named_pods import NamedPods
 from meshbpf.agent.runtime.pod import Pod
 from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.readiness import Readiness
@@ -85,6 +88,7 @@ class Agent:
                 grace_s=settings.metrics_grace_s,
             )
         )
+        self._locator = Locator(CriClient(settings.cri_socket))
         self._certificates = CertificateStore(
             EmbeddedIssuer(authority), nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
         )
@@ -113,6 +117,7 @@ class Agent:
             mesh=self._mesh.current,
             nursery=self._nursery,
             store=self._store,
+            locator=self._locator,
         )
         for path in settings.probe_cgroups:
             if not path.is_dir():
@@ -138,6 +143,7 @@ class Agent:
             nursery.start_soon(self._source.watch, self._mesh.apply)
             nursery.start_soon(self.pods.watch)
             nursery.start_soon(self.monitoring.sweep)
+            nursery.start_soon(NamedPods(self.pods, self._locator).run)
 
     async def stop(self) -> None:
         """End in the order that the kernel side needs; attachments remain.
@@ -277,7 +283,8 @@ class Agent:
         settings, steering = self._settings, self._steering
         pending = self.readiness.pending()
         pods = self._all_pods()
-        failed = [pod for pod in pods if pod.reason]
+        failed = [pod for pod in pods if pod.state == "failed"]
+        waiting = [pod for pod in pods if pod.state == "waiting"]
         totals = self._connections.statistics()
         return api.StatusResult(
             ready=not pending,
@@ -296,7 +303,11 @@ class Agent:
                 in_force=steering.capture_in_force if steering else "",
                 reason=steering.capture_reason if steering else "",
             ),
-            pods=api.PodCounts(attached=len(pods) - len(failed), failed=len(failed)),
+            pods=api.PodCounts(
+                attached=len(pods) - len(failed) - len(waiting),
+                failed=len(failed),
+                waiting=len(waiting),
+            ),
             heartbeat=self._heartbeat_info(),
             connections=totals.open_inbound + totals.open_outbound,
             warnings=tuple(self._warnings(failed)),

@@ -1,6 +1,6 @@
 """What an attach request means: whose pod it is, and with which options.
 
-Pure but for one stat() of the netns path. The account decides which
+Pure but for one stat() of a netns path. The account decides which
 certificate the pod gets, so it is never guessed: it comes from the mesh
 state or from the caller, and where both speak they must agree.
 """
@@ -8,12 +8,16 @@ state or from the caller, and where both speak they must agree.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
+
 from meshbpf.agent.api import AttachRequest
 from meshbpf.agent.config import PodName, Settings, is_object_name, parse_cidrs, parse_ports
+from meshbpf.agent.core.address import IPAddress
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.store import Snapshot
@@ -37,10 +41,30 @@ class NetnsPath:
     inode: int
 
 
-def plan(request: AttachRequest, settings: Settings, mesh: Snapshot, now: datetime) -> Attachment:
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A pod's namespace; the rest is known only of a pod that the runtime was asked for."""
+
+    netns: NetnsPath
+    sandbox: str = ""
+    """The runtime's id of the pod's sandbox."""
+    uid: str = ""
+    """The pod's uid in Kubernetes."""
+    cgroup: str = ""
+    """Its cgroup v2 path, below the mount."""
+    addresses: frozenset[IPAddress] = frozenset()
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the runtime found it by its name."""
+        return self.sandbox != ""
+
+
+def plan(
+    request: AttachRequest, where: Located, settings: Settings, mesh: Snapshot, now: datetime
+) -> Attachment:
     """The attachment that `request` asks for; AttachError or ConfigError say why not."""
     name = PodName.parse(request.pod)
-    netns = find_netns(request.netns)
     exempt = settings.exempt
     ports = exempt.ports
     if request.exempt_ports is not None:
@@ -53,16 +77,46 @@ def plan(request: AttachRequest, settings: Settings, mesh: Snapshot, now: dateti
         interfaces = frozenset(request.exempt_interfaces)
     return Attachment(
         pod=str(name),
-        netns=str(netns.path),
-        netns_device=netns.device,
-        netns_inode=netns.inode,
-        service_account=service_account(name, request.service_account, settings, mesh),
+        netns=str(where.netns.path),
+        netns_device=where.netns.device,
+        netns_inode=where.netns.inode,
+        service_account=service_account(name, request.service_account, where, settings, mesh),
         on_agent_down=request.on_agent_down or settings.on_agent_down,
         exempt_ports=tuple(sorted(ports)),
         exempt_cidrs=tuple(map(str, cidrs)),
         exempt_interfaces=tuple(sorted(interfaces)),
         attached_at=now,
+        by_name=where.by_name,
+        account_given=request.service_account is not None,
+        sandbox=where.sandbox,
+        uid=where.uid,
+        cgroup=where.cgroup,
     )
+
+
+def next_life(
+    last: Attachment, where: Located, settings: Settings, mesh: Snapshot, now: datetime
+) -> Attachment:
+    """The attachment of a pod that was recreated under the name of `last`; AttachError if not."""
+    asked = last.service_account if last.account_given else None
+    return msgspec.structs.replace(
+        last,
+        netns=str(where.netns.path),
+        netns_device=where.netns.device,
+        netns_inode=where.netns.inode,
+        service_account=service_account(last.name, asked, where, settings, mesh),
+        attached_at=now,
+        sandbox=where.sandbox,
+        uid=where.uid,
+        cgroup=where.cgroup,
+    )
+
+
+def awaits_mesh(request: AttachRequest, where: Located, settings: Settings, mesh: Snapshot) -> bool:
+    """Whether only the mesh state can name the account of a pod, and does not yet."""
+    if request.service_account is not None or not where.by_name:
+        return False
+    return not _of_addresses(PodName.parse(request.pod), where, settings, mesh)
 
 
 def find_netns(text: str) -> NetnsPath:
@@ -98,11 +152,28 @@ def find_netns(text: str) -> NetnsPath:
     return NetnsPath(path, found.st_dev, found.st_ino)
 
 
-def service_account(name: PodName, asked: str | None, settings: Settings, mesh: Snapshot) -> str:
-    """The pod's account: the mesh state's, or the caller's where the state is silent."""
+def service_account(
+    name: PodName, asked: str | None, where: Located, settings: Settings, mesh: Snapshot
+) -> str:
+    """The pod's account: the mesh state's, or the caller's where the state is silent.
+
+    Of a pod that the runtime found, the mesh state speaks only where it has
+    its addresses too: a workload of that name elsewhere is another pod.
+    """
     if asked is not None and not is_object_name(asked):
         raise AttachError("bad-service-account", f"{asked!r} is not a service account's name")
     known = candidates(name, settings, mesh)
+    if where.by_name:
+        matching = _of_addresses(name, where, settings, mesh)
+        if known and not matching and asked is None:
+            raise AttachError(
+                "other-addresses",
+                f"the mesh state has {name} with {_listed(a for w in known for a in w.addresses)}, "
+                f"and the pod here has {_listed(where.addresses)}: they are not the same pod, so "
+                "its service account is not known",
+                "correct the mesh state, or say the account with --service-account",
+            )
+        known = matching or known
     accounts = sorted({workload.service_account for workload in known})
     if asked is None:
         if len(accounts) == 1:
@@ -126,6 +197,22 @@ def service_account(name: PodName, asked: str | None, settings: Settings, mesh: 
             "leave the option out, or correct the mesh state",
         )
     return asked
+
+
+def _of_addresses(
+    name: PodName, where: Located, settings: Settings, mesh: Snapshot
+) -> tuple[Workload, ...]:
+    return tuple(
+        workload
+        for workload in mesh.workload_named(name.namespace, name.name)
+        if workload.network == settings.network
+        and workload.addresses
+        and where.addresses.issuperset(workload.addresses)
+    )
+
+
+def _listed(addresses: Iterable[IPAddress]) -> str:
+    return ", ".join(sorted(map(str, addresses))) or "no address"
 
 
 def candidates(name: PodName, settings: Settings, mesh: Snapshot) -> tuple[Workload, ...]:

@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One attached pod, as it was asked for."""
+    """One attached pod, as it was asked for and, by name, as it was found."""
 
     pod: str
     """NS/NAME."""
@@ -39,6 +39,14 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     exempt_cidrs: tuple[str, ...] = ()
     exempt_interfaces: tuple[str, ...] = ()
     attached_at: datetime
+    by_name: bool = False
+    """The runtime found it by its name, and will be asked again when it is gone."""
+    account_given: bool = False
+    """The caller named the service account: it holds for the pod's next life too."""
+    sandbox: str = ""
+    """The runtime's id of the pod's life that is attached; empty while none runs."""
+    uid: str = ""
+    cgroup: str = ""
 
     @property
     def name(self) -> PodName:

@@ -9,7 +9,7 @@ talk to the kernel, and run in a thread under the datapath lock.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 
@@ -51,6 +51,8 @@ class Pod:
     identity: SpiffeId
     reason: str = ""
     """Why it does not work; empty while it does."""
+    waiting: bool = False
+    """Attached by name, and no pod of that name runs here now."""
     retry_at: float = 0.0
     """trio's time before which a failed pod is left alone."""
     kernel: AttachedPod | None = None
@@ -70,6 +72,13 @@ class Pod:
     def attached(self) -> bool:
         """The kernel captures for it, and it is or will be served."""
         return self.kernel is not None
+
+    @property
+    def state(self) -> Literal["attached", "failed", "waiting"]:
+        """In one word, for people."""
+        if self.waiting:
+            return "waiting"
+        return "failed" if self.reason or self.kernel is None else "attached"
 
     def attach_blocking(self, steering: Steering, store: FdStore) -> None:
         """Open the listeners, or take an earlier agent's, then let the kernel capture.

@@ -18,11 +18,10 @@ from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from types import MappingProxyType
 
-from meshbpf.agent.datapath.steering import STEER_MARK, OnAgentDown, PodSteering, Role
-
 from meshbpf.agent.core.address import IPAddress
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath.netns import Netns
+from meshbpf.agent.datapath.steering import STEER_MARK, OnAgentDown, PodSteering, Role
 from meshbpf.agent.runtime.attachments import Attachment
 from meshbpf.agent.runtime.sockets import prepare
 

@@ -8,7 +8,8 @@ forwarder and then forgets. All changes go one at a time under the datapath
 lock: the kernel side is blocking and runs in a thread.
 
 A pod that fails stays in the list with its reason and is tried again; it
-never takes the agent or another pod down.
+never takes the agent or another pod down. One that was attached by name and
+is gone stays too, waiting for the next of its name (`named_pods.py`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,23 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.datapath.steering import Steering
 from meshbpf.agent.runtime import attachments
-from meshbpf.agent.runtime.attach_plan import AttachError, candidates, identity, plan
+from meshbpf.agent.runtime.attach_plan import (
+    AttachError,
+    Located,
+    awaits_mesh,
+    candidates,
+    identity,
+    next_life,
+    plan,
+)
 from meshbpf.agent.runtime.attachments import Attachment
 from meshbpf.agent.runtime.certs import CertificateStore, utc_now
 from meshbpf.agent.runtime.fd_store import FdStore
+from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.pod import Pod, PodServer
 
+NOT_HERE = "no pod of that name runs on this node"
 WATCH_S = 1.0
 RETRY_S = 5.0
 
@@ -54,7 +65,10 @@ class PodManager:
         mesh: Callable[[], Snapshot],
         nursery: trio.Nursery,
         store: FdStore,
+        locator: Locator,
     ) -> None:
+        self._locator = locator
+        self._mesh_changed = trio.Event()
         self._settings = settings
         self._store = store
         self._path = path
@@ -80,9 +94,11 @@ class PodManager:
         self, request: AttachRequest, describe: Callable[[Pod], PodInfo]
     ) -> AttachResult:
         """Steer a pod. Asked twice it changes nothing, or what is different."""
+        where = await self._locator.locate(request)
+        await self._await_mesh(request, where)
         async with self._lock:
             self._refuse_when_stopping()
-            wanted = plan(request, self._settings, self._mesh(), utc_now())
+            wanted = plan(request, where, self._settings, self._mesh(), utc_now())
             self._refuse_taken(wanted)
             pod = self._pods.get(wanted.pod)
             if pod is None:
@@ -130,9 +146,14 @@ class PodManager:
                     log.warning("capture without a record lifted", pod=left.key)
                     await trio.to_thread.run_sync(self._steering.detach, left.key)
             for key, attachment in sorted(recorded.items()):
-                if attachment.still_there():
+                waits = attachment.by_name and not attachment.sandbox
+                if attachment.still_there() and not waits:
                     pod = Pod(attachment, self._identity(attachment))
                     await self._try(pod, "pod taken over")
+                elif attachment.by_name:
+                    log.info("pod is not here now, waiting for one of its name", pod=key)
+                    await trio.to_thread.run_sync(self._steering.detach, key)
+                    self._wait_for(attachment, NOT_HERE)
                 else:
                     log.info("pod's network namespace is gone, detached", pod=key)
                     await trio.to_thread.run_sync(self._steering.detach, key)
@@ -145,18 +166,22 @@ class PodManager:
         while True:
             await trio.sleep(WATCH_S)
             for pod in self.list():
-                if pod.retry_at > trio.current_time():
+                if pod.waiting or pod.retry_at > trio.current_time():
                     continue
                 if not pod.attachment.still_there():
-                    await self._bury(pod)
+                    await self._bury(pod, "pod's network namespace is gone")
                 elif not pod.attached:
                     async with self._lock:
                         if self._pods.get(pod.key) is pod:
                             await self._try(pod, "pod attached at last")
 
     def refresh(self, mesh: Snapshot) -> None:
-        """A new state may put a pod into another trust domain."""
+        """A new state may put a pod into another trust domain, or name one that is awaited."""
+        self._mesh_changed.set()
+        self._mesh_changed = trio.Event()
         for pod in self._pods.values():
+            if pod.waiting:
+                continue
             fresh = identity(pod.attachment, self._settings, mesh)
             if fresh != pod.identity:
                 old, pod.identity = pod.identity, fresh
@@ -180,6 +205,63 @@ class PodManager:
             for pod in self._pods.values():
                 await pod.end()
 
+    # --- pods by name, for whoever watches the runtime -----------------------
+
+    def named(self) -> dict[str, str]:
+        """NS/NAME of each pod attached by name, with its sandbox's id; "" while it is awaited."""
+        return {
+            pod.key: "" if pod.waiting else pod.attachment.sandbox
+            for pod in self._pods.values()
+            if pod.attachment.by_name
+        }
+
+    async def lost(self, key: str, sandbox: str) -> None:
+        """The runtime has no such sandbox any more: detach, and wait for the next of its name."""
+        pod = self._pods.get(key)
+        if pod is not None and pod.attachment.sandbox == sandbox and not pod.waiting:
+            await self._bury(pod, "pod is not running any more")
+
+    async def found(self, key: str, where: Located) -> None:
+        """The runtime has a pod under a name that was attached, in another life: attach it."""
+        async with self._lock:
+            old = self._pods.get(key)
+            if self._stopping or old is None or not old.attachment.by_name:
+                return
+            if where.sandbox == old.attachment.sandbox and not old.waiting:
+                return
+            try:
+                mesh = self._mesh()
+                wanted = next_life(old.attachment, where, self._settings, mesh, utc_now())
+                self._refuse_taken(wanted)
+            except MeshbpfError as error:
+                if not old.waiting:
+                    await self._stop(old)
+                self._wait_for(old.attachment, error.what)
+                await self._save()
+                return
+            try:
+                pod = await self._replace(old, wanted)
+            except Exception as error:  # noqa: BLE001 (one pod's trouble stays its own)
+                self._pods.pop(key, None)
+                self._fail(Pod(wanted, self._identity(wanted)), error)
+            else:
+                log.info("pod recreated, attached again", pod=key, identity=pod.identity)
+            await self._save()
+
+    def _wait_for(self, attachment: Attachment, reason: str) -> None:
+        """Keep a pod that is not there in the list; it holds nothing, not even a certificate."""
+        before = self._pods.get(attachment.pod)
+        if before is None or not before.waiting or before.reason != reason:
+            log.info("waiting for a pod", pod=attachment.pod, reason=reason)
+        last = msgspec.structs.replace(attachment, sandbox="", uid="", cgroup="")
+        self._pods[attachment.pod] = Pod(last, self._identity(last), reason=reason, waiting=True)
+
+    async def _await_mesh(self, request: AttachRequest, where: Located) -> None:
+        """Give the mesh state time to name a pod that has just started."""
+        with trio.move_on_after(self._settings.account_wait_s):
+            while awaits_mesh(request, where, self._settings, self._mesh()):
+                await self._mesh_changed.wait()
+
     # --- one pod ------------------------------------------------------------
 
     async def _start(self, attachment: Attachment) -> Pod:
@@ -190,7 +272,7 @@ class PodManager:
             await trio.to_thread.run_sync(pod.attach_blocking, self._steering, self._store)
         except BaseException:
             before = self._pods.get(pod.key)
-            if before is None or before.identity != pod.identity:
+            if before is None or before.waiting or before.identity != pod.identity:
                 self._certificates.release(pod.identity, pod.key)
             raise
         self._warn_of_doubts(pod)
@@ -222,7 +304,7 @@ class PodManager:
             return old
         pod = await self._start(wanted)
         await old.end()
-        if old.identity != pod.identity:
+        if old.identity != pod.identity and not old.waiting:
             self._certificates.release(old.identity, old.key)
         return pod
 
@@ -231,17 +313,20 @@ class PodManager:
         await trio.to_thread.run_sync(self._steering.detach, pod.key)
         await trio.to_thread.run_sync(self._store.drop, pod.key)
         del self._pods[pod.key]
-        self._certificates.release(pod.identity, pod.key)
+        if not pod.waiting:
+            self._certificates.release(pod.identity, pod.key)
         await pod.end()
 
-    async def _bury(self, pod: Pod) -> None:
-        """The pod's namespace went away: leave nothing of it."""
+    async def _bury(self, pod: Pod, why: str) -> None:
+        """The pod went away: leave nothing of it but, by name, the wish."""
         async with self._lock:
             if self._pods.get(pod.key) is not pod:
                 return
-            log.info("pod's network namespace is gone, detached", pod=pod.key)
+            log.info(f"{why}, detached", pod=pod.key)
             try:
                 await self._stop(pod)
+                if pod.attachment.by_name:
+                    self._wait_for(pod.attachment, NOT_HERE)
                 await self._save()
             except Exception as error:  # noqa: BLE001 (one pod's trouble stays its own)
                 self._fail(pod, error)
@@ -290,7 +375,7 @@ class PodManager:
     def _refuse_taken(self, wanted: Attachment) -> None:
         """Two pods in one namespace would be two identities for the same packets."""
         for pod in self._pods.values():
-            same = pod.attachment.netns_inode == wanted.netns_inode
+            same = pod.attachment.netns_inode == wanted.netns_inode and not pod.waiting
             if same and pod.key != wanted.pod and pod.attachment.still_there():
                 raise AttachError(
                     "netns-taken",

@@ -37,7 +37,7 @@ def pod_info(pod: Pod, mesh: Snapshot, connections: int) -> PodInfo:
         pod=pod.key,
         namespace=name.namespace,
         name=name.name,
-        state="failed" if pod.reason or kernel is None else "attached",
+        state=pod.state,
         reason=pod.reason,
         netns=attachment.netns,
         service_account=attachment.service_account,
@@ -51,6 +51,10 @@ def pod_info(pod: Pod, mesh: Snapshot, connections: int) -> PodInfo:
         exempt_interfaces=attachment.exempt_interfaces,
         attached_at=attachment.attached_at,
         connections=connections,
+        by_name=attachment.by_name,
+        sandbox=attachment.sandbox,
+        uid=attachment.uid,
+        cgroup=attachment.cgroup,
     )
 
 

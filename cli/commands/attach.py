@@ -7,6 +7,7 @@ import click
 from meshbpf.agent.api import AttachRequest, AttachResult, OnAgentDownName
 from meshbpf.agent.config import IPNetwork
 from meshbpf.cli.client import change
+from meshbpf.cli.failure import CommandUsageError
 from meshbpf.cli.options import (
     ON_AGENT_DOWN,
     Session,
@@ -27,9 +28,17 @@ from meshbpf.cli.table import EMPTY, line
 @namespace_option
 @click.option(
     "--netns",
-    required=True,
     metavar="NAME_OR_PATH",
-    help="The pod's network namespace: a name under /run/netns, or a path.",
+    help="The pod's network namespace: a name under /run/netns, or a path.  "
+    "[default: what the container runtime says]",
+)
+@click.option(
+    "--pid", type=click.IntRange(1), metavar="PID", help="In place of --netns: a process in it."
+)
+@click.option(
+    "--container",
+    metavar="ID",
+    help="In place of --netns: a container in it, by its id or at least 12 digits of it.",
 )
 @click.option(
     "--service-account",
@@ -44,7 +53,9 @@ def command(
     session: Session,
     pod: str,
     namespace: str | None,
-    netns: str,
+    netns: str | None,
+    pid: int | None,
+    container: str | None,
     service_account: str | None,
     on_agent_down: OnAgentDownName | None,
     exempt_ports: tuple[frozenset[int], ...],
@@ -53,14 +64,26 @@ def command(
 ) -> None:
     """Steer a pod's TCP connections through the agent.
 
+    The agent asks the node's container runtime (CRI) for the pod, and attaches it again
+    when it is recreated under its name. With --netns, --pid or --container no runtime is
+    asked, and the pod is forgotten once that namespace is gone.
+
     New connections are captured from the moment this returns; established ones go
     on untouched. Attaching again changes the options and is otherwise harmless.
     Exemptions given here replace those of the agent's own options.
     """
+    if sum(place is not None for place in (netns, pid, container)) > 1:
+        raise CommandUsageError(
+            "two-places",
+            "the pod's network namespace is named in more than one way",
+            "give one of --netns, --pid and --container, or none of them",
+        )
     exempt = exemptions(exempt_ports, exempt_cidrs, exempt_interfaces)
     request = AttachRequest(
         pod=pod_key(pod, namespace),
         netns=netns,
+        pid=pid,
+        container=container,
         service_account=service_account,
         on_agent_down=on_agent_down,
         exempt_ports=tuple(sorted(exempt.ports)) or None,

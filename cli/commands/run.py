@@ -90,6 +90,20 @@ _FILE = click.Path(path_type=Path, readable=False)
     help="Port of GET /healthz/ready.  [default: 15021]",
 )
 @click.option(
+    "--cri-socket",
+    type=_FILE,
+    metavar="SOCKET",
+    help="Socket of the container runtime, which finds pods by name.  [default: the first of "
+    "containerd's, k3s's, CRI-O's and cri-dockerd's that is there]",
+)
+@click.option(
+    "--account-wait",
+    "account_wait_s",
+    type=DURATION,
+    metavar="TIME",
+    help="How long an attach by name waits for the mesh state to name the pod.  [default: 5s]",
+)
+@click.option(
     "--admin-port",
     type=click.IntRange(0, 65_535),
     metavar="PORT",

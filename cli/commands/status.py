@@ -58,7 +58,8 @@ def _facts(status: StatusResult) -> Iterator[tuple[str, CellLike]]:
     yield (
         "pods",
         Cell(
-            f"{pods.attached} attached, {pods.failed} failed",
+            f"{pods.attached} attached, {pods.failed} failed"
+            + (f", {pods.waiting} waiting" if pods.waiting else ""),
             Style.BAD if pods.failed else Style.PLAIN,
         ),
     )

@@ -28,7 +28,7 @@ USAGE = {
     "bad-output-form": ("status", "-o", "xml"),
     "surplus-argument": ("status", "now"),
     "attach-without-pod": ("attach", "--netns", "x"),
-    "attach-without-netns": ("attach", "--pod", "a/b"),
+    "attach-with-two-places": ("attach", "--pod", "a/b", "--netns", "x", "--pid", "7"),
     "attach-bad-down": ("attach", "--pod", "a/b", "--netns", "x", "--on-agent-down", "ajar"),
     "attach-bad-port": ("attach", "--pod", "a/b", "--netns", "x", "--exempt-port", "70000"),
     "attach-bad-cidr": ("attach", "--pod", "a/b", "--netns", "x", "--exempt-cidr", "10.0.0.1/8"),

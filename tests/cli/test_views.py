@@ -23,6 +23,9 @@ VIEWS: tuple[tuple[str, str, Result, tuple[str, ...]], ...] = (
     ("workloads-of-a-namespace", "workloads", samples.WORKLOADS, ("workloads", "-n", "default")),
     ("services", "services", samples.SERVICES, ("services",)),
     ("services-of-a-namespace", "services", samples.SERVICES, ("services", "-n", "shop")),
+    ("policies", "policies", samples.POLICIES, ("policies",)),
+    ("policies-of-a-namespace", "policies", samples.POLICIES, ("policies", "-n", "default")),
+    ("log", "log", samples.LOG, ("log",)),
     ("certs", "certs", samples.CERTS, ("certs",)),
     ("connections", "connections", samples.CONNECTIONS, ("connections",)),
     ("connections-none", "connections", samples.NO_CONNECTIONS, ("connections",)),
@@ -75,6 +78,7 @@ def test_machine_output_of_status_is_an_interface(
     [
         ("workloads", samples.WORKLOADS),
         ("pods", samples.PODS),
+        ("policies", samples.POLICIES),
         ("status", samples.STATUS_NOT_READY),
     ],
 )
@@ -127,6 +131,8 @@ def test_attach_passes_each_option_on(agent: Any, invoke: Any) -> None:
     assert msgspec.structs.asdict(request) == {
         "pod": "default/web",
         "netns": "/run/netns/web",
+        "pid": None,
+        "container": None,
         "service_account": "sa",
         "on_agent_down": "open",
         "exempt_ports": (9, 22, 8000, 8001, 8002),
@@ -141,6 +147,36 @@ def test_attach_leaves_what_was_not_given_to_the_agent(agent: Any, invoke: Any) 
     (request,) = fake.requests
     given = {name: value for name, value in msgspec.structs.asdict(request).items() if value}
     assert given == {"pod": "default/web", "netns": "web"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "place"),
+    [
+        ((), {}),
+        (("--pid", "4711"), {"pid": 4711}),
+        (("--container", "0123456789ab"), {"container": "0123456789ab"}),
+    ],
+)
+def test_attach_needs_no_place_and_takes_three_kinds(
+    agent: Any, invoke: Any, argv: tuple[str, ...], place: dict[str, object]
+) -> None:
+    fake = agent(attach=samples.ATTACHED)
+    invoke("attach", "--pod", "default/web", *argv)
+    (request,) = fake.requests
+    given = {name: value for name, value in msgspec.structs.asdict(request).items() if value}
+    assert given == {"pod": "default/web", **place}
+
+
+def test_log_passes_levels_on_and_says_how_long_they_last(agent: Any, invoke: Any) -> None:
+    fake = agent(log=samples.LOG_FOR_A_TIME)
+    done = invoke("log", "--level", "debug", "--level", "access=off", "--reset", "--for", "5m")
+    assert done.stderr == "the change is taken back in 5m\n"
+    (request,) = fake.requests
+    assert (request.level, request.reset, request.for_s) == ("debug,access=off", True, 300.0)
+
+
+def test_log_for_a_time_without_a_change_is_wrong_usage(invoke: Any) -> None:
+    assert "add --level or --reset" in str(invoke("log", "--for", "5m").exception)
 
 
 def test_version_without_an_agent_is_no_failure(invoke: Any) -> None:

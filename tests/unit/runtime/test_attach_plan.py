@@ -16,7 +16,16 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import Workload
-from meshbpf.agent.runtime.attach_plan import find_netns, identity, plan
+from meshbpf.agent.runtime import attach_plan
+from meshbpf.agent.runtime.attach_plan import (
+    Located,
+    NetnsPath,
+    awaits_mesh,
+    find_netns,
+    identity,
+    next_life,
+)
+from meshbpf.agent.runtime.attachments import Attachment
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -61,6 +70,12 @@ def netns(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def asked(netns: str, **given: object) -> AttachRequest:
     return AttachRequest(pod="web/a", netns=netns, **given)  # type: ignore[arg-type]
+
+
+def plan(request: AttachRequest, base: Settings, known: Snapshot, now: datetime) -> Attachment:
+    """A plan for a pod whose namespace the caller named."""
+    assert request.netns is not None
+    return attach_plan.plan(request, Located(find_netns(request.netns)), base, known, now)
 
 
 def test_the_account_comes_from_the_mesh_state(netns: str) -> None:
@@ -162,3 +177,87 @@ def test_the_identity_is_in_the_meshs_trust_domain_or_else_in_ours(netns: str) -
     ours = settings(trust_domain="td2")
     assert identity(attachment, ours, known) == SpiffeId("td1", "web", "shop")
     assert identity(attachment, ours, mesh()) == SpiffeId("td2", "web", "shop")
+
+
+# --- by name ----------------------------------------------------------------
+
+HERE = Located(
+    NetnsPath(Path("/run/netns/cni-1"), 4, 77),
+    sandbox="5" * 64,
+    uid="u-1",
+    cgroup="/kubepods/podu-1",
+    addresses=frozenset({ip_address("198.18.1.1"), ip_address("fd00:6d62::1")}),
+)
+BY_NAME = AttachRequest(pod="web/a")
+
+
+def test_by_name_the_account_is_that_of_the_workload_with_the_pods_addresses() -> None:
+    elsewhere = workload("a", "stock", addresses=(ip_address("198.18.1.9"),), node="node1")
+    known = mesh(elsewhere, workload("a", "shop"))
+    wanted = attach_plan.plan(BY_NAME, HERE, settings(), known, NOW)
+    assert wanted.service_account == "shop"
+    assert (wanted.by_name, wanted.account_given) == (True, False)
+    assert (wanted.sandbox, wanted.uid, wanted.cgroup) == ("5" * 64, "u-1", "/kubepods/podu-1")
+    assert (wanted.netns, wanted.netns_inode) == ("/run/netns/cni-1", 77)
+
+
+def test_a_workload_of_that_name_with_other_addresses_is_another_pod() -> None:
+    known = mesh(workload("a", "shop", addresses=(ip_address("198.18.1.9"),)))
+    assert awaits_mesh(BY_NAME, HERE, settings(), known)
+    with pytest.raises(
+        MeshbpfError, match=r"with 198\.18\.1\.9, and the pod here has 198"
+    ) as caught:
+        attach_plan.plan(BY_NAME, HERE, settings(), known, NOW)
+    assert caught.value.code == "other-addresses"
+
+
+def test_only_a_pod_found_by_name_waits_for_the_mesh_state(netns: str) -> None:
+    assert awaits_mesh(BY_NAME, HERE, settings(), mesh())
+    assert not awaits_mesh(BY_NAME, HERE, settings(), mesh(workload("a", "shop")))
+    given = AttachRequest(pod="web/a", service_account="shop")
+    assert not awaits_mesh(given, HERE, settings(), mesh())
+    assert not awaits_mesh(asked(netns), Located(find_netns(netns)), settings(), mesh())
+
+
+def test_by_name_an_account_is_taken_that_the_mesh_state_does_not_contradict() -> None:
+    given = AttachRequest(pod="web/a", service_account="shop")
+    stale = mesh(workload("a", "stock", addresses=(ip_address("198.18.1.9"),)))
+    assert attach_plan.plan(given, HERE, settings(), mesh(), NOW).account_given
+    for known in (mesh(workload("a", "stock")), stale):
+        with pytest.raises(MeshbpfError, match="under stock") as caught:
+            attach_plan.plan(given, HERE, settings(), known, NOW)
+        assert caught.value.code == "account-contradicted"
+
+
+def test_neither_the_mesh_state_nor_the_caller_knowing_it_is_refused() -> None:
+    with pytest.raises(MeshbpfError, match="its service account is not known") as caught:
+        attach_plan.plan(BY_NAME, HERE, settings(), mesh(), NOW)
+    assert caught.value.code == "unknown-pod"
+
+
+def test_the_next_life_keeps_the_options_and_asks_for_the_account_again() -> None:
+    first = attach_plan.plan(
+        AttachRequest(pod="web/a", on_agent_down="open", exempt_ports=(22,)),
+        HERE,
+        settings(),
+        mesh(workload("a", "shop")),
+        NOW,
+    )
+    there = Located(
+        NetnsPath(Path("/run/netns/cni-2"), 4, 78),
+        sandbox="6" * 64,
+        addresses=frozenset({ip_address("198.18.1.2")}),
+    )
+    with pytest.raises(MeshbpfError, match="not the same pod"):
+        next_life(first, there, settings(), mesh(workload("a", "shop")), NOW)
+    moved = mesh(workload("a", "till", addresses=(ip_address("198.18.1.2"),)))
+    second = next_life(first, there, settings(), moved, NOW)
+    assert second.service_account == "till"
+    assert (second.netns, second.sandbox, second.uid) == ("/run/netns/cni-2", "6" * 64, "")
+    assert (second.on_agent_down, second.exempt_ports) == ("open", (22,))
+
+
+def test_an_account_that_the_caller_gave_holds_for_the_next_life() -> None:
+    given = AttachRequest(pod="web/a", service_account="shop")
+    first = attach_plan.plan(given, HERE, settings(), mesh(), NOW)
+    assert next_life(first, HERE, settings(), mesh(), NOW).service_account == "shop"

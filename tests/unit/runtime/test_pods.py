@@ -42,8 +42,10 @@ from meshbpf.agent.runtime import pod as pod_module
 from meshbpf.agent.runtime import pods as pods_module
 from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer
+from meshbpf.agent.runtime.cri import CriClient
 from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.local_pod import LocalPod
+from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.notify import Notifier
 from meshbpf.agent.runtime.pods import PodManager
 
@@ -176,6 +178,7 @@ class Node:
             mesh=lambda: self.mesh,
             nursery=nursery,
             store=FdStore(Notifier(None, None), {}),
+            locator=Locator(CriClient(Path("/nowhere/cri.sock"))),
         )
 
     async def attach(self, name: str, netns: Path, **given: Any) -> AttachResult:
