@@ -120,6 +120,52 @@ FAILED_POD = api.PodInfo(
 PODS = api.PodsResult(pods=(POD, FAILED_POD))
 NO_PODS = api.PodsResult(pods=())
 
+POLICIES = api.PoliciesResult(
+    policies=(
+        api.PolicyInfo(
+            namespace="default",
+            name="allow-shop",
+            action="ALLOW",
+            scope="WORKLOAD_SELECTOR",
+            dry_run=False,
+            inexpressible="",
+            workloads=2,
+            rules=1,
+            spec=((({"namespaces": [{"Exact": "shop"}], "destinationPorts": [80, 443]},),),),
+        ),
+        api.PolicyInfo(
+            namespace="istio-system",
+            name="no-plaintext",
+            action="DENY",
+            scope="GLOBAL",
+            dry_run=True,
+            inexpressible="",
+            workloads=0,
+            rules=1,
+            spec=((({"notPrincipals": [{"Presence": []}]},),),),
+        ),
+        api.PolicyInfo(
+            namespace="shop",
+            name=HOSTILE,
+            action="DENY",
+            scope="NAMESPACE",
+            dry_run=False,
+            inexpressible="rules[0] has a match field of a later version",
+            workloads=0,
+            rules=0,
+            spec=(),
+        ),
+    )
+)
+
+LOG = api.LogResult(
+    level="info",
+    scopes={"access": "debug", "pods": "warn"},
+    known=("access", "app", "pods"),
+    for_s=None,
+)
+LOG_FOR_A_TIME = api.LogResult(level="debug", scopes={}, known=("access",), for_s=300.0)
+
 ATTACHED = api.AttachResult(outcome="attached", pod=POD)
 UPDATED = api.AttachResult(outcome="updated", pod=POD)
 UNCHANGED = api.AttachResult(outcome="unchanged", pod=POD)
