@@ -37,7 +37,7 @@ INLINE int turn_v4(struct __sk_buff *skb, u32 *pseudo_sum)
     struct iphdr ip;
     u32 swap;
     u8 options[40] = {};
-    u32 options_length;
+    u64 options_length;
     s64 sum;
 
     if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)))
@@ -49,8 +49,13 @@ INLINE int turn_v4(struct __sk_buff *skb, u32 *pseudo_sum)
     ip.ttl = RESET_TTL;
     ip.check = 0;
     sum = bpf_csum_diff(0, 0, &ip, sizeof(ip), 0);
-    options_length = (ip.ihl - 5) * 4;
-    if (options_length > 0) {
+    options_length = (u32)(ip.ihl - 5) * 4;
+    // Kernels before 6.8 know a length to be positive from a comparison with a
+    // bound alone, in 64 bits, and each such comparison must reach them: clang
+    // knows better than to keep the first one, and would fold the two.
+    asm volatile("" : "+r"(options_length));
+    if (options_length >= 4) {
+        asm volatile("" : "+r"(options_length));
         if (options_length > sizeof(options))
             return -1;
         if (bpf_skb_load_bytes(skb, ETH_HLEN + sizeof(ip), options, options_length))
