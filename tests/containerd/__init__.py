@@ -1,0 +1,1 @@
+"""Pods made by a real containerd, attached by their names."""
