@@ -119,11 +119,11 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "scope": _scope(record),
             "message": record.getMessage(),
-            **_fields(record),
+            **{key: _plain(value) for key, value in _fields(record).items()},
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=str).decode()
+        return msgspec.json.encode(line).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +237,11 @@ def set_up(level: LogLevel, log_format: LogFormat, stream: TextIO = sys.stderr) 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
     values = getattr(record, _FIELDS, {})
     return {key: value for key, value in values.items() if value not in (None, "")}
+
+
+def _plain(value: object) -> object:
+    # msgspec would write a dataclass, which most of our values are, as an object.
+    return value if isinstance(value, str | int | float) else str(value)
 
 
 def _level(record: logging.LogRecord) -> str:
