@@ -174,13 +174,13 @@ class Agent:
 
     @contextlib.contextmanager
     def hung(self) -> Iterator[None]:
-        """Stopped as by SIGSTOP, for the time of the block."""
+        """Stopped as by SIGSTOP, for the time of the block; its heart beats again after it."""
         self.program.send(signal.SIGSTOP)
         try:
             yield
         finally:
             self.program.send(signal.SIGCONT)
-            time.sleep(0.2)  # its first heartbeat, twice the interval away at most
+        eventually("its heart beats", lambda: self.ask(StatusRequest()).heartbeat.beating)
 
     def agent_id(self) -> str:
         """The name of this agent's folder of pins."""
