@@ -1,29 +1,33 @@
 """One stream of a tunnel joined to one TCP connection of an app: the relay.
 
-Towards the tunnel, the connection's own task runs `pump`: it reads no more
-than the peer's windows and the tunnel's socket let it pass on at once, so it
-never holds a byte. Towards the app, the tunnel's reader calls `on_data`,
+No task moves bytes; the reactor's callbacks do. Towards the tunnel, `_pump`
+reads no more than the peer's windows and the tunnel's socket let it pass on
+at once, so it never holds a byte. Towards the app, the tunnel calls `on_data`,
 which writes straight to the app's socket; what the app does not take waits
-in `_pending`, at most a stream window of it, and a drain task writes it when
-the app reads on. Bytes are credited to the peer only once the app's socket
-has them. That is the whole of the backpressure.
+in `_pending`, at most a stream window of it, until the socket is writable
+again. Bytes are credited to the peer only once the app's socket has them.
+That is the whole of the backpressure.
 
-A stream ends well when both directions have ended and nothing is pending
-(`wait_finished`). It ends badly through `_fail`: the owner's cancel scope is
-cancelled, and the owner resets what is left of its side.
+The owner's task sleeps in `relay` meanwhile. A stream ends well when both
+directions have ended and nothing is pending. It ends badly through `_fail`:
+the owner's cancel scope is cancelled, and the owner resets what is left of
+its side.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
 from h2.errors import ErrorCodes
 
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.runtime import reactor
 from meshbpf.agent.runtime.scratch import READ_BYTES, SCRATCH
-from meshbpf.agent.runtime.tasks import guarded
 from meshbpf.agent.wire.events import ResponseReceived
 
 if TYPE_CHECKING:
@@ -50,13 +54,15 @@ class TunnelStream:
     __slots__ = (
         "_answered",
         "_app",
-        "_draining",
+        "_app_ended",
         "_finished",
         "_local_ended",
-        "_parking",
         "_pending",
+        "_reactor",
+        "_readable",
         "_remote_ended",
         "_scope",
+        "_watching",
         "failure",
         "id",
         "response",
@@ -75,13 +81,18 @@ class TunnelStream:
         self.taken_from_app = ByteCount()
         self._scope: trio.CancelScope | None = None
         self._app: socket.socket | None = None
+        self._reactor = tunnel.reactor
+        self._readable = False
+        """The app's socket may have something to read."""
+        self._app_ended = False
+        """It has its end, or an error, to read: a short read is not the last."""
+        self._watching = False
+        """The reactor calls for writability too."""
         self._pending = bytearray()
-        self._draining = False
         self._local_ended = False
         self._remote_ended = False
-        self._answered = trio.Event()
-        self._finished = trio.Event()
-        self._parking: trio.lowlevel.ParkingLot | None = None
+        self._answered: trio.Event | None = None
+        self._finished: trio.Event | None = None
 
     # --- the owner's side ---------------------------------------------------
 
@@ -97,7 +108,9 @@ class TunnelStream:
 
     async def wait_response(self) -> ResponseReceived | None:
         """The answer to our CONNECT; None when the stream failed before one came."""
-        await self._answered.wait()
+        if self.response is None and not self.failure:
+            self._answered = trio.Event()
+            await self._answered.wait()
         return self.response
 
     async def relay(self, app: socket.socket) -> None:
@@ -107,12 +120,10 @@ class TunnelStream:
         stream is reset; when the stream does, the bound scope is cancelled.
         """
         self._app = app
+        self._finished = trio.Event()
+        self._reactor.add(app.fileno(), self._on_app)
         if self._pending or self._remote_ended:
-            self._start_drain()
-        try:
-            await self._pump(app)
-        except OSError as error:
-            self.app_failed(error)
+            self._guarded(self._drain)
         await self._finished.wait()
 
     def app_failed(self, error: OSError) -> None:
@@ -128,45 +139,87 @@ class TunnelStream:
         if not self.complete:
             self.tunnel.reset_stream(self, ErrorCodes.CANCEL)
         app, self._app = self._app, None
-        if app is not None and self._draining:
-            trio.lowlevel.notify_closing(app)
+        if app is not None:
+            self._reactor.remove(app.fileno())
         self._discard_pending()
 
-    async def _pump(self, app: socket.socket) -> None:
-        """App to tunnel, until the app's FIN."""
+    # --- the reactor's side -------------------------------------------------
+
+    def _on_app(self, flags: int) -> None:
+        """Something happened to the app's socket."""
+        if self._pending and flags & reactor.WRITABLE:
+            self._guarded(self._drain)
+        if flags & reactor.READABLE:
+            self._readable = True
+            if flags & reactor.ENDED:
+                self._app_ended = True
+            self._guarded(self._pump)
+        if flags & reactor.BROKEN:
+            self._guarded(self._raise_broken)
+
+    def resume(self) -> None:
+        """More may be sent, perhaps."""
+        self._reactor.again(self._turn)
+
+    def _turn(self) -> None:
+        self._guarded(self._pump)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Do something for this stream whose failure concerns no other."""
+        try:
+            work()
+        except OSError as error:
+            self.app_failed(error)
+        except MeshbpfError as error:
+            self._fail(error.what)
+        except Exception as error:  # boundary: a bug costs one connection, and is seen
+            log.exception("stream %d: %s", self.id, error)
+            self._fail("internal error")
+
+    def _raise_broken(self) -> None:
+        """Notice a reset also where no read will meet it, or not before a window opens."""
+        app = self._app
+        if app is None or self.failure:
+            return
+        if self._local_ended or self.tunnel.send_budget(self) <= 0:
+            fault = app.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if fault:
+                raise OSError(fault, os.strerror(fault))
+
+    def _pump(self) -> None:
+        """App to tunnel: one chunk, or what there is."""
         tunnel = self.tunnel
-        while True:
+        while self._readable and not (self._local_ended or self.failure):
+            app = self._app
+            if app is None:
+                break
             budget = tunnel.send_budget(self)
             if budget <= 0:
-                await self._wait_sendable()
-                continue
+                tunnel.wait_turn(self)
+                return
             layout = SCRATCH.layout(tunnel.max_frame_bytes)
             limit = min(budget, layout.capacity)
             try:
                 size = app.recvmsg_into(layout.slots(limit))[0]
             except BlockingIOError:
-                # It may have been our turn, and we have nothing to say.
-                tunnel.pass_turn()
-                await trio.lowlevel.wait_readable(app)
-                continue
-            if not size:
+                self._readable = False
                 break
+            if not size:
+                self._local_ended = True
+                tunnel.end_stream(self)
+                self._check_finished()
+                return
             self.taken_from_app.total += size
             tunnel.send_chunk(self, layout, size)
-            if size < limit:
-                # The socket is empty, or all but: another try would most
-                # likely find nothing.
-                await trio.lowlevel.wait_readable(app)
-            else:
-                await trio.lowlevel.checkpoint()
-        self._local_ended = True
-        tunnel.end_stream(self)
-        self._check_finished()
-
-    async def _wait_sendable(self) -> None:
-        if self._parking is None:
-            self._parking = trio.lowlevel.ParkingLot()
-        await self.tunnel.wait_turn(self, self._parking)
+            if size == limit:
+                # There is more, most likely: others first.
+                self.resume()
+                return
+            # The socket is empty, unless its end has come: another try would
+            # most likely find nothing.
+            self._readable = self._app_ended
+        # It may have been our turn, and we have nothing to say.
+        tunnel.pass_turn()
 
     # --- the tunnel's side --------------------------------------------------
 
@@ -180,15 +233,11 @@ class TunnelStream:
         """Both directions have ended, as far as the tunnel is concerned."""
         return self._local_ended and self._remote_ended
 
-    def unpark(self) -> None:
-        """More may be sent, perhaps."""
-        if self._parking is not None:
-            self._parking.unpark()
-
     def on_response(self, event: ResponseReceived) -> None:
         """The peer answered."""
         self.response = event
-        self._answered.set()
+        if self._answered is not None:
+            self._answered.set()
 
     def on_data(self, views: list[memoryview], size: int) -> None:
         """Pass payload on, now if the app takes it, else later."""
@@ -219,7 +268,7 @@ class TunnelStream:
                     sent = 0
                 else:
                     sent -= len(view)
-            self._start_drain()
+            self._watch_writable(app)
 
     def on_end(self) -> None:
         """The peer sends no more: the app gets a FIN after what is pending."""
@@ -237,7 +286,8 @@ class TunnelStream:
         if self.failure:
             return
         self.failure = reason
-        self._answered.set()
+        if self._answered is not None:
+            self._answered.set()
         self._discard_pending()
         if self._scope is not None:
             self._scope.cancel()
@@ -248,33 +298,28 @@ class TunnelStream:
             self._pending = bytearray()
             self.tunnel.credit(self, dropped)
 
-    def _start_drain(self) -> None:
-        if not self._draining:
-            self._draining = True
-            self.tunnel.nursery.start_soon(guarded, self._drain)
+    def _watch_writable(self, app: socket.socket) -> None:
+        if not self._watching:
+            self._watching = True
+            self._reactor.watch_writable(app.fileno())
 
-    async def _drain(self) -> None:
-        """Write what is pending as the app takes it; then its FIN, if the peer has ended."""
-        try:
-            while self._pending and (app := self._app) is not None:
-                try:
-                    with memoryview(self._pending) as pending, pending[:READ_BYTES] as head:
-                        sent = app.send(head)
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(app)
-                    continue
-                del self._pending[:sent]
-                self.sent_to_app.total += sent
-                self.tunnel.credit(self, sent)
-                await trio.lowlevel.checkpoint()
-            if self._remote_ended and self._app is not None:
-                self._shut_down(self._app)
-        except trio.ClosedResourceError:
-            log.debug("stream %d: its owner left while it was drained", self.id)
-        except OSError as error:
-            self.app_failed(error)
-        finally:
-            self._draining = False
+    def _drain(self) -> None:
+        """Write what is pending as far as the app takes it; then its FIN, if the peer has ended."""
+        app = self._app
+        if app is None:
+            return
+        while self._pending:
+            try:
+                with memoryview(self._pending) as pending, pending[:READ_BYTES] as head:
+                    sent = app.send(head)
+            except BlockingIOError:
+                self._watch_writable(app)
+                return
+            del self._pending[:sent]
+            self.sent_to_app.total += sent
+            self.tunnel.credit(self, sent)
+        if self._remote_ended:
+            self._shut_down(app)
 
     def _shut_down(self, app: socket.socket) -> None:
         try:
@@ -286,5 +331,5 @@ class TunnelStream:
         self._check_finished()
 
     def _check_finished(self) -> None:
-        if self.complete and not self._pending and not self.failure:
+        if self.complete and not self._pending and not self.failure and self._finished is not None:
             self._finished.set()

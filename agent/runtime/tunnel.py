@@ -1,9 +1,9 @@
-"""One tunnel: a TCP socket, TLS over it, HTTP/2 in that, and the tasks that serve it.
+"""One tunnel: a TCP socket, TLS over it, HTTP/2 in that.
 
-The reader task takes large pieces from the socket and acts on everything in
-them before it waits again. Whoever sends writes to the socket at once; only
-what the kernel does not take waits in the backlog for the flush task, and
-while there is a backlog no stream reads from its app. So at most one chunk
+The reactor calls when the socket is readable: large pieces are taken from it,
+and everything in them is acted on. Whoever sends writes to the socket at
+once; only what the kernel does not take waits in the backlog until the socket
+is writable again, and while there is a backlog no stream reads from its app. So at most one chunk
 and some control frames wait for a socket, however many streams there are.
 
 Streams outlive the tunnel only to drain: one that both sides have ended may
@@ -24,6 +24,7 @@ from h2.errors import ErrorCodes
 
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.runtime import reactor
 from meshbpf.agent.runtime.scratch import SCRATCH, Layout
 from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.wire.errors import PeerError, TlsError, WireError
@@ -75,7 +76,8 @@ class Tunnel:
         on_unusable: Callable[[Tunnel], None] | None = None,
     ) -> None:
         self.nursery = nursery
-        """Where drains and stream handlers run: it outlives the tunnel."""
+        """Where stream handlers run: it outlives the tunnel."""
+        self.reactor = reactor.current()
         self.pooled = False
         """New streams may come from the pool; else the tunnel ends with its last stream."""
         self.closed = False
@@ -88,14 +90,18 @@ class Tunnel:
         self._streams: dict[int, TunnelStream] = {}
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
-        self._flush_wanted = trio.lowlevel.ParkingLot()
         self._turn: dict[TunnelStream, None] = {}
         """Streams that wait for the socket, first come first served."""
         self._windowless: dict[TunnelStream, None] = {}
         """Streams that wait for a window."""
         self._scope = trio.CancelScope()
+        self._fault: WireError | OSError | None = None
+        """What ended the tunnel, if it was not in order."""
+        self._ending = False
         self._end_reason = "the tunnel was closed"
-        self._heard = False
+        self._sock_ended = False
+        """The socket has its end, or an error, to read: a short read is not the last."""
+        self._heard = True
         """Something was received since the last PING was sent."""
         self._idle_since: float | None = None
 
@@ -166,6 +172,7 @@ class Tunnel:
     def close(self, reason: str) -> None:
         """End the tunnel now; `run` says goodbye and returns."""
         self._end_reason = reason
+        self._ending = True
         self._scope.cancel()
 
     # --- for streams --------------------------------------------------------
@@ -193,20 +200,14 @@ class Tunnel:
         self._transmit()
         self.pass_turn()
 
-    async def wait_turn(self, stream: TunnelStream, parking: trio.lowlevel.ParkingLot) -> None:
-        """Wait until `send_budget` may have risen. Cancelling it loses nobody's turn."""
-        queue = self._turn if self._backlog else self._windowless
-        if queue is self._windowless:
+    def wait_turn(self, stream: TunnelStream) -> None:
+        """Have the stream resumed when `send_budget` may have risen."""
+        if self._backlog:
+            self._turn[stream] = None
+        else:
             # The socket is free and this stream cannot use it.
             self.pass_turn()
-        queue[stream] = None
-        try:
-            await parking.park()
-        except trio.Cancelled:
-            queue.pop(stream, None)
-            self.pass_turn()
-            raise
-        queue.pop(stream, None)
+            self._windowless[stream] = None
 
     def credit(self, stream: TunnelStream, size: int) -> None:
         """`size` received bytes of the stream have left for good."""
@@ -238,19 +239,18 @@ class Tunnel:
         """Serve the tunnel until either side ends it. Cancelled: says GOAWAY and closes."""
         try:
             with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._flush)
-                    nursery.start_soon(self._keep_alive)
-                    await self._read()
-                    nursery.cancel_scope.cancel()
-            self._say_goodbye(ErrorCodes.NO_ERROR)
-        except* (WireError, OSError) as faults:
-            fault = _first(faults)
-            self._end_reason = str(fault)
-            log.info("tunnel with %s ended: %s", self._peer_name(), fault)
-            code = fault.error_code if isinstance(fault, PeerError) else ErrorCodes.NO_ERROR
+                # What followed the handshake in the same segment is here already.
+                self._guarded(self._process)
+                self.reactor.add(self._sock.fileno(), self._on_socket, writing=True)
+                await self._keep_alive()
+            code = ErrorCodes.NO_ERROR
+            if self._fault is not None:
+                self._end_reason = str(self._fault)
+                log.info("tunnel with %s ended: %s", self._peer_name(), self._fault)
+                if isinstance(self._fault, PeerError):
+                    code = self._fault.error_code
             self._say_goodbye(code)
-        except* trio.Cancelled:
+        except trio.Cancelled:
             self._end_reason = "the agent is shutting down"
             self._say_goodbye(ErrorCodes.NO_ERROR)
             raise
@@ -258,9 +258,10 @@ class Tunnel:
             self._finish()
 
     def _finish(self) -> None:
-        self.closed = True
+        self.closed = self._ending = True
         if self._on_unusable is not None:
             self._on_unusable(self)
+        self.reactor.remove(self._sock.fileno())
         self._sock.close()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
@@ -268,27 +269,50 @@ class Tunnel:
         self._turn.clear()
         self._windowless.clear()
 
-    async def _read(self) -> None:
-        sock = self._sock
+    def _on_socket(self, flags: int) -> None:
+        """Something happened to the socket."""
+        if self._backlog and flags & reactor.WRITABLE:
+            self._guarded(self._flush)
+        if flags & reactor.READABLE:
+            if flags & reactor.ENDED:
+                self._sock_ended = True
+            self._guarded(self._read)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Do something whose failure ends the tunnel. Once is enough."""
+        if self._ending:
+            return
+        try:
+            work()
+        except (WireError, OSError) as error:
+            self._end(error)
+        except Exception as error:  # boundary: a bug costs one tunnel, and is seen
+            log.exception("tunnel with %s: %s", self._peer_name(), error)
+            self.close("internal error")
+
+    def _end(self, fault: WireError | OSError) -> None:
+        self._fault = fault
+        self._ending = True
+        self._scope.cancel()
+
+    def _turn_to_read(self) -> None:
+        self._guarded(self._read)
+
+    def _read(self) -> None:
+        """Take one piece from the socket; another turn when there may be more."""
         ciphertext = SCRATCH.ciphertext
-        # What followed the handshake in the same segment is here already.
+        try:
+            size = self._sock.recv_into(ciphertext)
+        except BlockingIOError:
+            return
+        if not size:
+            self.close("the peer closed the tunnel")
+            return
+        self._heard = True
+        self._channel.receive(ciphertext[:size])
         self._process()
-        while True:
-            try:
-                size = sock.recv_into(ciphertext)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(sock)
-                continue
-            if not size:
-                self._end_reason = "the peer closed the tunnel"
-                return
-            self._heard = True
-            self._channel.receive(ciphertext[:size])
-            self._process()
-            if size < len(ciphertext):
-                await trio.lowlevel.wait_readable(sock)
-            else:
-                await trio.lowlevel.checkpoint()
+        if size == len(ciphertext) or self._sock_ended:
+            self.reactor.again(self._turn_to_read)
 
     def _process(self) -> None:
         """Decrypt and act on all that has been received."""
@@ -340,9 +364,13 @@ class Tunnel:
         else:
             waiting = [each for each in (self._streams.get(stream_id),) if each is not None]
         for stream in waiting:
-            stream.unpark()
+            if stream in self._windowless:
+                del self._windowless[stream]
+                stream.resume()
 
     def _drop(self, stream: TunnelStream) -> None:
+        self._turn.pop(stream, None)
+        self._windowless.pop(stream, None)
         if self._streams.pop(stream.id, None) is not None and not self._streams:
             self._idle_since = trio.current_time()
             if not (self._server or self.pooled or self.closed):
@@ -385,26 +413,20 @@ class Tunnel:
         self._backlog_bytes += len(ciphertext)
         if self._backlog_bytes > BACKLOG_LIMIT_BYTES:
             self.close("the peer reads nothing of what it asks for")
-        else:
-            self._flush_wanted.unpark_all()
 
-    async def _flush(self) -> None:
+    def _flush(self) -> None:
         sock, backlog = self._sock, self._backlog
-        while True:
-            while not backlog:
-                await self._flush_wanted.park()
-            await trio.lowlevel.wait_writable(sock)
-            while backlog:
-                try:
-                    sent = sock.send(backlog[0])
-                except BlockingIOError:
-                    break
-                self._backlog_bytes -= sent
-                if sent == len(backlog[0]):
-                    backlog.popleft()
-                else:
-                    backlog[0] = backlog[0][sent:]
-            self.pass_turn()
+        while backlog:
+            try:
+                sent = sock.send(backlog[0])
+            except BlockingIOError:
+                return
+            self._backlog_bytes -= sent
+            if sent == len(backlog[0]):
+                backlog.popleft()
+            else:
+                backlog[0] = backlog[0][sent:]
+        self.pass_turn()
 
     def pass_turn(self) -> None:
         """Let the next stream send, if the socket is free.
@@ -415,7 +437,7 @@ class Tunnel:
         if self._turn and not self._backlog:
             stream = next(iter(self._turn))
             del self._turn[stream]
-            stream.unpark()
+            stream.resume()
 
     async def _keep_alive(self) -> None:
         """PING when nothing else was heard; end a tunnel that is dead, or idle for long."""
@@ -423,9 +445,9 @@ class Tunnel:
         while True:
             await trio.sleep(PING_INTERVAL_S)
             silent_s = 0.0 if self._heard else silent_s + PING_INTERVAL_S
-            # The first round has sent no PING yet that could be unanswered.
-            if silent_s > PING_TIMEOUT_S:
-                raise TlsError("ping-timeout", f"no answer to PING in {PING_TIMEOUT_S:.0f} s")
+            if silent_s >= PING_TIMEOUT_S:
+                self._end(TlsError("ping-timeout", f"no answer to PING in {PING_TIMEOUT_S:.0f} s"))
+                return
             idle = self._idle_since
             if self.pooled and idle is not None and trio.current_time() - idle > IDLE_LIMIT_S:
                 self._leave_pool()
@@ -459,10 +481,3 @@ def _reset_reason(error_code: int, by_peer: bool) -> str:
     except ValueError:
         name = str(error_code)
     return f"the {'peer' if by_peer else 'agent'} reset the stream ({name})"
-
-
-def _first(faults: BaseExceptionGroup[BaseException]) -> BaseException:
-    fault: BaseException = faults
-    while isinstance(fault, BaseExceptionGroup):
-        fault = fault.exceptions[0]
-    return fault

@@ -104,7 +104,13 @@ async def test_a_peer_that_falls_silent_ends_the_tunnel(
 ) -> None:
     monkeypatch.setattr(tunnel_module, "PING_INTERVAL_S", 0.1)
     monkeypatch.setattr(tunnel_module, "PING_TIMEOUT_S", 0.3)
-    async with rig.joined() as (client, _app):
+    async with rig.joined() as (client, app):
+        # Only now the answer has come for certain: without it the client
+        # would ask again on a new tunnel.
+        await client.send_all(b"x")
+        assert await app.receive_some(1) == b"x"
+        await app.send_all(b"y")
+        assert await client.receive_some(1) == b"y"
         (theirs,) = [each for each in _live_tunnels() if each._server]
         # The peer's process hangs: its kernel still takes the bytes.
         monkeypatch.setattr(theirs, "_process", lambda: None)
