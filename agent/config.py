@@ -1,9 +1,8 @@
 """What `meshbpf run` works with: typed, checked when built, each value with its origin.
 
-Only flags and defaults fill it now; the origin of each value is kept so that
-a configuration file and the environment can join without a change to anyone
-who reads a `Settings`. Enumerations of the data plane are plain literals
-here: this module is read by the CLI too and imports nothing of the agent's.
+`config_sources.py` fills it from flags, the environment and a file.
+Enumerations of the data plane are plain literals here: this module is read by
+the CLI too and imports nothing of the agent's.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ CaptureName = Literal["auto", "tc"]
 OnAgentDownName = Literal["closed", "open"]
 LogFormat = Literal["plain", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-Origin = Literal["default", "flag"]
 
 DEFAULT_STATE_DIR = Path("/var/lib/meshbpf")
 READINESS_PORT = 15021
@@ -110,7 +108,7 @@ class Settings:
     """How long an attach by name waits for the mesh state to name the pod."""
     log_level: LogLevel = "info"
     log_format: LogFormat = "plain"
-    origins: Mapping[str, Origin] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.node or any(c.isspace() or c == "/" for c in self.node):
@@ -134,7 +132,7 @@ class Settings:
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Settings:
         """From the flags that were really given (by field name); the rest are defaults."""
-        origins: dict[str, Origin] = {
+        origins = {
             item.name: "flag" if item.name in given else "default"
             for item in fields(cls)
             if item.name != "origins"
@@ -157,6 +155,15 @@ def parse_duration_s(text: str) -> float:
             "write for instance 30s, 5m or 24h",
         )
     return float(match[1]) * _UNIT_S[match[2]]
+
+
+def duration_text(seconds: float) -> str:
+    """What `parse_duration_s` reads as `seconds`: in the largest unit that leaves no rest."""
+    for unit in ("d", "h", "m", "s"):
+        count = seconds / _UNIT_S[unit]
+        if count >= 1 and count == int(count):
+            return f"{int(count)}{unit}"
+    return f"{seconds * 1000:g}ms" if seconds else "0s"
 
 
 def parse_ports(texts: Iterable[str]) -> frozenset[int]:
@@ -189,8 +196,16 @@ def parse_cidrs(texts: Iterable[str]) -> tuple[IPNetwork, ...]:
     return tuple(sorted(cidrs, key=lambda cidr: (cidr.version, int(cidr.network_address))))
 
 
+class OptionError(ConfigError):
+    """A setting's value that cannot be used; `option` is its key."""
+
+    def __init__(self, option: str, value: object, hint: str) -> None:
+        super().__init__("bad-option", f"--{option}: {value!r} cannot be used", hint)
+        self.option = option
+
+
 def _bad(option: str, value: object, hint: str) -> ConfigError:
-    return ConfigError("bad-option", f"--{option}: {value!r} cannot be used", hint)
+    return OptionError(option, value, hint)
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

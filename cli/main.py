@@ -45,6 +45,7 @@ COMMANDS = dict(
         _entry("connections", "List the connections that the agent carries."),
         _entry("log", "Show or change the agent's log levels."),
         _entry("check", "Say what this machine can do, and what it lacks."),
+        _entry("config", "Check or show the agent's configuration."),
         _entry("ca", "Create, import or show the embedded CA."),
         _entry("completion", "Print a shell's completion script."),
         _entry("version", "Show the versions of the command and the agent."),

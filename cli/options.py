@@ -25,6 +25,7 @@ from meshbpf.agent.config import (
     parse_duration_s,
     parse_ports,
 )
+from meshbpf.agent.config_sources import client_state_dir
 from meshbpf.agent.core.errors import ConfigError, MeshbpfError, PrivilegeError
 from meshbpf.cli.failure import CommandUsageError
 from meshbpf.cli.output import Format
@@ -49,7 +50,9 @@ def _utc_now() -> datetime:
 class Session:
     """What one invocation was told about where to ask and how to answer."""
 
-    state_dir: Path = DEFAULT_STATE_DIR
+    state_dir: Path = field(default_factory=lambda: client_state_dir(os.environ))
+    state_dir_given: bool = False
+    """By --state-dir, not by the environment, the configuration file or the default."""
     output: Format = Format.TABLE
     now: Callable[[], datetime] = field(default=_utc_now)
 
@@ -62,7 +65,10 @@ def _remember(
 ) -> Callable[[click.Context, click.Parameter, str | None], None]:
     def callback(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
         if value is not None:
-            setattr(ctx.ensure_object(Session), attribute, parse(value))
+            session = ctx.ensure_object(Session)
+            setattr(session, attribute, parse(value))
+            if attribute == "state_dir":
+                session.state_dir_given = True
 
     return callback
 

@@ -103,7 +103,7 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
     notifier = Notifier.of(os.environ, os.getpid())
     store = FdStore(notifier, take_stored(os.environ, os.getpid()))
     authority = ca_files.load(settings.ca_dir)
-    if settings.origins.get("trust_domain") != "flag" and authority.trust_domain:
+    if settings.origins.get("trust_domain", "default") == "default" and authority.trust_domain:
         settings = replace(settings, trust_domain=authority.trust_domain)
     source = LocalXdsSource(settings.local_xds)
     state = source.load()

@@ -38,8 +38,6 @@ USAGE = {
     "pod-with-a-bad-namespace": ("detach", "--pod", "web.../x"),
     "connections-bad-direction": ("connections", "--direction", "sideways"),
     "connections-bad-limit": ("connections", "--limit", "0"),
-    "run-without-options": ("run",),
-    "run-without-state": ("run", "--node", "n", "--ca-dir", "x"),
     "run-bad-lease": (
         *("run", "--node", "n", "--ca-dir", "x", "--local-xds", "y", "--lease", "soon"),
     ),

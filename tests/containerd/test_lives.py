@@ -108,6 +108,7 @@ def test_an_agent_that_restarts_finds_its_pods_whatever_became_of_them(
 def test_while_the_agent_is_dead_each_pod_does_as_its_mode_says(
     bed: CriBed, a: Made, b: Made, c: Made
 ) -> None:
+    bed.attach(b)
     bed.agents[1].cli("attach", "--pod", a.key, "--on-agent-down", "closed")
     bed.agents[1].cli("attach", "--pod", c.key, "--on-agent-down", "open")
     with bed.agents[1].dead():

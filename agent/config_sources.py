@@ -1,0 +1,147 @@
+"""Where settings come from: flag before environment before file before default.
+
+Each value keeps its origin, so that `meshbpf config view --origin` can show
+it and an error can name the line or the variable that is wrong. A key that
+nobody knows is refused: a typing error must not pass for a default. Unknown
+MESHBPF_ variables are not, for Kubernetes makes such ones itself in pods of a
+namespace with a Service named meshbpf.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from meshbpf.agent.config import DEFAULT_STATE_DIR, Exemptions, OptionError, Settings
+from meshbpf.agent.config_keys import (
+    BY_NAME,
+    ENVIRONMENT_PREFIX,
+    EXEMPT_FIELDS,
+    KEYS,
+    Value,
+    misplaced,
+)
+from meshbpf.agent.core.errors import ConfigError
+
+DEFAULT_FILE = Path("/etc/meshbpf/config.yaml")
+FILE_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
+FLAG = "flag"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """All settings of `run` by key, in the order of the table."""
+
+    values: Mapping[str, Value] = field(default_factory=dict)
+    file: Path | None = None
+    """The file that was read; None when there was none."""
+
+    def settings(self) -> Settings:
+        """What `run` works with. Raises ConfigError naming the origin of what is wrong."""
+        missing = [key for key in ("ca-dir", "local-xds") if self.values[key].value is None]
+        if missing:
+            key = BY_NAME[missing[0]]
+            raise ConfigError(
+                "missing-setting",
+                f"{key.name} is set nowhere",
+                f"give {key.option}, {key.environment}, or {key.name} in "
+                f"{self.file or DEFAULT_FILE}",
+            )
+        given: dict[str, Any] = {}
+        exempt: dict[str, Any] = {}
+        origins: dict[str, str] = {"exempt": DEFAULT}
+        for key in KEYS:
+            found = self.values[key.name]
+            if part := EXEMPT_FIELDS.get(key.field):
+                exempt[part] = found.value
+                if found.origin != DEFAULT:
+                    origins["exempt"] = found.origin
+            else:
+                given[key.field] = found.value
+                origins[key.field] = found.origin
+        try:
+            return Settings(**given, exempt=Exemptions(**exempt), origins=origins)
+        except OptionError as error:
+            origin = self.values[error.option].origin
+            if origin in (FLAG, DEFAULT):
+                raise
+            raise misplaced(origin, error.option, error) from None
+
+
+def resolve(
+    flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
+) -> Resolved:
+    """Merge all sources.
+
+    `flags` holds parsed values by field of Settings, those alone that were
+    given; `file` is --config. Raises ConfigError.
+    """
+    path = find_file(environ, file)
+    from_file = _read(path) if path is not None else {}
+    defaults = _defaults()
+    values: dict[str, Value] = {}
+    for key in KEYS:
+        if key.field in flags:
+            values[key.name] = Value(flags[key.field], FLAG)
+        elif (text := environ.get(key.environment)) is not None:
+            origin = f"env {key.environment}"
+            try:
+                values[key.name] = Value(key.of_text(text), origin)
+            except ConfigError as error:
+                raise misplaced(origin, key.name, error) from None
+        elif key.name in from_file:
+            values[key.name] = from_file[key.name]
+        else:
+            values[key.name] = Value(defaults[key.field], DEFAULT)
+    return Resolved(values, path)
+
+
+def find_file(environ: Mapping[str, str], file: Path | None = None) -> Path | None:
+    """The file to read: --config, MESHBPF_CONFIG, or the usual one if it is there."""
+    if file is not None:
+        return file
+    named = environ.get(FILE_VARIABLE)
+    if named:
+        return Path(named)
+    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
+
+
+def _read(path: Path) -> dict[str, Value]:
+    # YAML takes its time to be imported, and most commands need none.
+    from meshbpf.agent.config_file import read_file
+
+    return read_file(path)
+
+
+def _defaults() -> dict[str, Any]:
+    found: dict[str, Any] = {"node": os.uname().nodename.lower(), "state_dir": DEFAULT_STATE_DIR}
+    for item in fields(Settings):
+        if item.name not in found and item.name not in ("exempt", "origins"):
+            found[item.name] = None if item.default is MISSING else item.default
+    nothing = Exemptions()
+    for name, part in EXEMPT_FIELDS.items():
+        found[name] = getattr(nothing, part)
+    return found
+
+
+def client_state_dir(environ: Mapping[str, str]) -> Path:
+    """Where commands look for the agent when no --state-dir says so.
+
+    As `run` finds it. A file that cannot be understood is the agent's trouble
+    and not that of whoever asks one.
+    """
+    if text := environ.get(BY_NAME["state-dir"].environment):
+        return Path(text)
+    path = find_file(environ)
+    try:
+        # Most files do not say.
+        if path is None or b"state-dir" not in path.read_bytes():
+            return DEFAULT_STATE_DIR
+        found = _read(path).get("state-dir")
+    except (OSError, ConfigError):
+        return DEFAULT_STATE_DIR
+    return found.value if found is not None else DEFAULT_STATE_DIR

@@ -1,0 +1,187 @@
+"""The options of `run`, which `config` takes too: each is one setting of the agent.
+
+None has a default here: what was not given may still come from the
+environment or the configuration file (agent/config_sources.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from meshbpf.agent.config import OptionError, Settings
+from meshbpf.agent.config_sources import Resolved, resolve
+from meshbpf.cli.failure import CommandUsageError
+from meshbpf.cli.options import DURATION, ON_AGENT_DOWN, Session, exemption_options
+
+F = TypeVar("F")
+
+# Whether it can be read is said by the code that reads it, with the right exit status.
+_FILE = click.Path(path_type=Path, readable=False)
+
+_OPTIONS: tuple[Any, ...] = (
+    click.option(
+        "--config",
+        "config_file",
+        type=_FILE,
+        metavar="FILE",
+        help="Configuration file.  [default: /etc/meshbpf/config.yaml, if it is there]",
+    ),
+    click.option(
+        "--node",
+        metavar="NAME",
+        help="This node's name in the mesh state.  [default: this host's name]",
+    ),
+    click.option(
+        "--ca-dir",
+        type=_FILE,
+        metavar="DIR",
+        help="The embedded CA's folder: see `meshbpf ca init`.",
+    ),
+    click.option(
+        "--local-xds",
+        type=_FILE,
+        metavar="FILE",
+        help="Mesh state in ztunnel's LOCAL_XDS YAML; read again when it changes.",
+    ),
+    click.option("--trust-domain", metavar="TD", help="[default: cluster.local]"),
+    click.option("--network", metavar="NAME", help="This node's network.  [default: empty]"),
+    click.option(
+        "--capture",
+        type=click.Choice(["auto", "tc"]),
+        help="auto: connect hook with TC beneath where the kernel can; tc: TC alone.  "
+        "[default: auto]",
+    ),
+    click.option(
+        "--on-agent-down",
+        type=ON_AGENT_DOWN,
+        help="What attached pods do while no agent runs: refuse new connections, or let them go "
+        "round the mesh.  [default: closed]",
+    ),
+    exemption_options,
+    click.option(
+        "--probe-cgroup",
+        "probe_cgroups",
+        type=_FILE,
+        multiple=True,
+        metavar="DIR",
+        help="Connections from this cgroup v2 folder are health probes; may be repeated.",
+    ),
+    click.option(
+        "--cert-ttl",
+        "cert_ttl_s",
+        type=DURATION,
+        metavar="TIME",
+        help="Life of a workload certificate, renewed at its half.  [default: 24h]",
+    ),
+    click.option(
+        "--lease",
+        "lease_s",
+        type=DURATION,
+        metavar="TIME",
+        help="How long 'not in the mesh' is believed without an agent.  [default: 60s]",
+    ),
+    click.option(
+        "--heartbeat-limit",
+        "heartbeat_limit_s",
+        type=DURATION,
+        metavar="TIME",
+        help="Silence after which the kernel takes the agent for dead.  [default: 500ms]",
+    ),
+    click.option(
+        "--readiness-port",
+        type=click.IntRange(1, 65_535),
+        metavar="PORT",
+        help="Port of GET /healthz/ready.  [default: 15021]",
+    ),
+    click.option(
+        "--cri-socket",
+        type=_FILE,
+        metavar="SOCKET",
+        help="Socket of the container runtime, which finds pods by name.  [default: the first of "
+        "containerd's, k3s's, CRI-O's and cri-dockerd's that is there]",
+    ),
+    click.option(
+        "--account-wait",
+        "account_wait_s",
+        type=DURATION,
+        metavar="TIME",
+        help="How long an attach by name waits for the mesh state to name the pod.  [default: 5s]",
+    ),
+    click.option(
+        "--admin-port",
+        type=click.IntRange(0, 65_535),
+        metavar="PORT",
+        help="Port of the admin page, on loopback; 0 is none.  [default: 15000]",
+    ),
+    click.option(
+        "--admin-open",
+        is_flag=True,
+        default=None,
+        help="Let anyone who reaches the admin port use it, not root alone.",
+    ),
+    click.option(
+        "--stats-port",
+        type=click.IntRange(0, 65_535),
+        metavar="PORT",
+        help="Port of GET /metrics; 0 is none.  [default: 15020]",
+    ),
+    click.option(
+        "--metric-label",
+        "metric_labels",
+        multiple=True,
+        metavar="NAME",
+        help="Keep this label of istio_tcp_* metrics and drop those not named; may be repeated.",
+    ),
+    click.option(
+        "--metrics-grace",
+        "metrics_grace_s",
+        type=DURATION,
+        metavar="TIME",
+        help="How long metrics outlive their workload.  [default: 5m]",
+    ),
+    click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        help="[default: info]",
+    ),
+    click.option("--log-format", type=click.Choice(["plain", "json"]), help="[default: plain]"),
+)
+
+
+def run_options(function: F) -> F:
+    """Give a command every option of `run`; it hands what it gets to `resolved`."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def resolved(session: Session, given: Mapping[str, Any]) -> Resolved:
+    """All settings, from the options that were given and from everywhere else.
+
+    Raises ConfigError.
+    """
+    flags = {name: value for name, value in given.items() if value not in (None, ())}
+    file = flags.pop("config_file", None)
+    if "exempt_ports" in flags:
+        flags["exempt_ports"] = frozenset().union(*flags["exempt_ports"])
+    if "exempt_cidrs" in flags:
+        cidrs = (cidr for part in flags["exempt_cidrs"] for cidr in part)
+        flags["exempt_cidrs"] = tuple(dict.fromkeys(cidrs))
+    if "exempt_interfaces" in flags:
+        flags["exempt_interfaces"] = frozenset(flags["exempt_interfaces"])
+    if session.state_dir_given:
+        flags["state_dir"] = session.state_dir
+    return resolve(flags, os.environ, file)
+
+
+def settings_of(found: Resolved) -> Settings:
+    """The settings, checked. A value of this command line that is wrong is wrong usage."""
+    try:
+        return found.settings()
+    except OptionError as error:
+        raise CommandUsageError(error.code, error.what, error.hint) from error
