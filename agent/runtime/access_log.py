@@ -26,9 +26,9 @@ access_log = logging.getLogger("access")
 _SOURCE_SERVICE = LABELS.index("source_canonical_service")
 _SOURCE_NAMESPACE = LABELS.index("source_workload_namespace")
 _SOURCE_PRINCIPAL = LABELS.index("source_principal")
-_SOURCE_WORKLOAD = LABELS.index("source_workload")
 _SOURCE_CLUSTER = LABELS.index("source_cluster")
 _SERVICE = LABELS.index("destination_service")
+_SERVER_SERVICE = LABELS.index("destination_canonical_service")
 _NAMESPACE = LABELS.index("destination_workload_namespace")
 _CLUSTER = LABELS.index("destination_cluster")
 _PRINCIPAL = LABELS.index("destination_principal")
@@ -81,22 +81,16 @@ def _ends(live: LiveConnection, labels: Labels) -> dict[str, object]:
     def told(index: int) -> str | None:
         return None if labels[index] == UNKNOWN else labels[index]
 
-    described = live.source_described
-    if source is not None:
-        source_name: str | None = source.name
-    else:
-        named = described is not None and bool(described.workload)
-        source_name = told(_SOURCE_WORKLOAD if named else _SOURCE_SERVICE)
     return {
         "src.addr": live.source,
-        "src.workload": source_name,
+        "src.workload": source.name if source is not None else told(_SOURCE_SERVICE),
         "src.namespace": told(_SOURCE_NAMESPACE),
         "src.identity": told(_SOURCE_PRINCIPAL) if mutual_tls else None,
         "src.cluster": told(_SOURCE_CLUSTER),
         "dst.addr": live.tunnel_address or live.upstream or live.target or live.destination,
         "dst.hbone_addr": live.target if live.tunnel_address else None,
         "dst.service": told(_SERVICE),
-        "dst.workload": destination.name if destination is not None else None,
+        "dst.workload": destination.name if destination is not None else told(_SERVER_SERVICE),
         "dst.namespace": told(_NAMESPACE),
         "dst.identity": told(_PRINCIPAL) if mutual_tls else None,
         "dst.cluster": told(_CLUSTER),

@@ -100,7 +100,7 @@ def test_plaintext_shows_no_identity_and_no_tunnel() -> None:
 def test_a_client_that_only_its_baggage_names_is_named_by_it() -> None:
     live = samples.inbound()
     live.source_workload = None
-    live.source_described = parse_baggage("k8s.deployment.name=caller,k8s.namespace.name=far")
+    live.source_described = parse_baggage("service.name=caller,k8s.namespace.name=far")
     (line,) = written(ended(live))
     assert 'src.workload="caller" src.namespace="far"' in line
 
@@ -146,7 +146,7 @@ def test_an_early_denial_is_a_warning_with_four_fields() -> None:
 def test_a_name_cannot_forge_an_access_log_field() -> None:
     live = samples.inbound()
     live.source_workload = None
-    live.source_described = parse_baggage('k8s.pod.name=x" dst.identity="forged\n')
+    live.source_described = parse_baggage('service.name=x" dst.identity="forged\n')
     (line,) = written(ended(live))
     assert 'src.workload="x\\" dst.identity=\\"forged"' in line
 
