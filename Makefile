@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bpf netns peers slow deb nspawn bench fresh-test check protos clean
+.PHONY: help setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench fresh-test check protos clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,9 @@ bpf:  ## the BPF programs on this kernel
 
 netns:  ## whole agents in network namespaces
 	@$(PY) -m pytest -m "netns and not slow" tests/netns
+
+containerd:  ## pods that a real containerd makes, attached by name
+	@$(PY) -m pytest -m "containerd and not slow" tests/containerd
 
 peers:  ## programs that are not ours against our HBONE (ZTUNNEL=PATH adds ztunnel)
 	@$(PY) -m pytest -m peer tests/peers
