@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from h2.errors import ErrorCodes
 
@@ -34,6 +34,7 @@ FLAG_END_STREAM = 0x1
 FLAG_ACK = 0x1
 FLAG_END_HEADERS = 0x4
 FLAG_PADDED = 0x8
+FLAG_PRIORITY = 0x20
 
 # Length (24 bits, as 16 + 8), type, flags, stream with a reserved first bit.
 _HEADER = struct.Struct(">HBBBL")
@@ -63,8 +64,7 @@ _BLOCK_TYPES = frozenset({_HEADERS, int(FrameType.PUSH_PROMISE), _CONTINUATION})
 _LAST_KNOWN = int(FrameType.CONTINUATION)
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A whole frame that is not DATA. `raw` is the frame as it came, header included."""
 
     type: int
@@ -78,8 +78,7 @@ class Frame:
         return self.raw[HEADER_BYTES:]
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):
     """A piece of a DATA frame.
 
     `announced` is the frame's flow-controlled length on its first piece and 0

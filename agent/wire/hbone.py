@@ -4,9 +4,9 @@ Who owns what:
 
 | frames | owner |
 |---|---|
-| SETTINGS, HEADERS, CONTINUATION, PING, PRIORITY | the h2 library (h2state.py) |
-| DATA, padding, WINDOW_UPDATE, both windows, GOAWAY | this file |
-| END_STREAM, RST_STREAM | this file acts, h2 is told |
+| SETTINGS, PING | the h2 library (h2state.py) |
+| what is in a header block | hpack_in.py, hpack_out.py |
+| all others, the states of streams, both windows | this file |
 
 Rules that hold throughout:
 1. `receive` takes any cut of the byte stream and returns events in order.
@@ -22,11 +22,9 @@ Rules that hold throughout:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import h2.events
 from h2.errors import ErrorCodes
-from h2.exceptions import ProtocolError
 from h2.settings import SettingCodes
 
 from meshbpf.agent.wire.errors import PeerError, UsageError
@@ -44,6 +42,10 @@ from meshbpf.agent.wire.events import (
     StreamReset,
 )
 from meshbpf.agent.wire.frames import (
+    FLAG_END_HEADERS,
+    FLAG_END_STREAM,
+    FLAG_PADDED,
+    FLAG_PRIORITY,
     HEADER_BYTES,
     Data,
     Frame,
@@ -60,6 +62,7 @@ from meshbpf.agent.wire.h2state import (
     H2State,
 )
 from meshbpf.agent.wire.headers import read_request, read_status
+from meshbpf.agent.wire.hpack_out import LiteralEncoder
 from meshbpf.agent.wire.windows import (
     DEFAULT_WINDOW_BYTES,
     ReceiveWindow,
@@ -69,18 +72,26 @@ from meshbpf.agent.wire.windows import (
 
 EARLY_RESET_LIMIT = 1000
 """Streams that a client may reset unanswered, beyond those that it lets be answered."""
+CONTINUATION_LIMIT = 63
+"""Of one header block; beyond its length, since they may be empty."""
 _DEFAULT_MAX_FRAME_BYTES = 16384
 _NO_STREAM_LIMIT = 2**31 - 1
+_HIGHEST_STREAM_ID = 2**31 - 1
+_CUT_REMEMBERED = 256
+_PRIORITY_BYTES = 5
+_FIRST_FINAL_STATUS = 200
 
 
-@dataclass(slots=True, eq=False)
 class _Stream:
-    send: SendWindow
-    receive: ReceiveWindow = field(default_factory=lambda: ReceiveWindow(STREAM_WINDOW_BYTES))
-    answered: bool = False
-    """Server: we answered. Client: the peer did."""
-    local_ended: bool = False
-    remote_ended: bool = False
+    __slots__ = ("answered", "local_ended", "receive", "remote_ended", "send")
+
+    def __init__(self, send_window: int) -> None:
+        self.send = SendWindow(send_window)
+        self.receive = ReceiveWindow(STREAM_WINDOW_BYTES)
+        self.answered = False
+        """Server: we answered. Client: the peer did."""
+        self.local_ended = False
+        self.remote_ended = False
 
 
 class HboneConnection:
@@ -89,6 +100,7 @@ class HboneConnection:
     def __init__(self, *, server: bool) -> None:
         self._server = server
         self._h2 = H2State(server=server)
+        self._encoder = LiteralEncoder()
         self._splitter = FrameSplitter(server=server, max_frame_bytes=MAX_FRAME_BYTES)
         self._streams: dict[int, _Stream] = {}
         self._send = SendWindow(DEFAULT_WINDOW_BYTES)
@@ -98,6 +110,11 @@ class HboneConnection:
         self._highest_seen = 0
         """The highest stream id that either side has opened."""
         self._early_resets = 0
+        self._cut: dict[int, None] = {}
+        """The streams that we reset last: frames of theirs may be on their way."""
+        self._block: Frame | None = None
+        """The HEADERS whose CONTINUATIONs come, with what has come of them."""
+        self._continuations = 0
         self.max_frame_bytes = _DEFAULT_MAX_FRAME_BYTES
         """The longest DATA payload that the peer takes."""
         self.max_streams = _NO_STREAM_LIMIT
@@ -125,12 +142,12 @@ class HboneConnection:
         if self.going_away:
             raise UsageError("no stream can be opened after GOAWAY")
         stream_id = self._next_stream_id
-        if stream_id > self._h2.HIGHEST_ALLOWED_STREAM_ID:
+        if stream_id > _HIGHEST_STREAM_ID:
             raise UsageError("the stream ids of this tunnel are used up")
         self._send_headers(stream_id, headers, end_stream=False)
         self._next_stream_id += 2
         self._highest_seen = stream_id
-        self._streams[stream_id] = _Stream(SendWindow(self._peer_initial_window))
+        self._streams[stream_id] = _Stream(self._peer_initial_window)
         return stream_id
 
     def respond(self, stream_id: int, headers: Headers, *, end_stream: bool) -> bool:
@@ -183,7 +200,7 @@ class HboneConnection:
         if stream is None or stream.local_ended:
             return
         stream.local_ended = True
-        self.out += self._h2.end(stream_id)
+        self.out += header(0, FrameType.DATA, FLAG_END_STREAM, stream_id)
         if stream.remote_ended:
             self._forget(stream_id)
 
@@ -191,12 +208,10 @@ class HboneConnection:
         """End a stream in both directions. Nothing happens when it has gone."""
         if self._streams.pop(stream_id, None) is None:
             return
-        try:
-            self._h2.reset_stream(stream_id, error_code)
-        except ProtocolError as error:
-            raise UsageError(f"stream {stream_id} cannot be reset: {error}") from error
-        self._take_h2_output()
-        self._h2.forget(stream_id)
+        self._cut[stream_id] = None
+        if len(self._cut) > _CUT_REMEMBERED:
+            del self._cut[next(iter(self._cut))]
+        self.out += header(4, FrameType.RST_STREAM, 0, stream_id) + error_code.to_bytes(4, "big")
 
     def credit(self, stream_id: int, size: int) -> None:
         """`size` payload bytes have left for good: the peer may send as many again."""
@@ -217,7 +232,7 @@ class HboneConnection:
     def go_away(self, error_code: ErrorCodes) -> None:
         """Take no new streams; those that are open go on unless the driver closes."""
         self.going_away = True
-        last = self._h2.highest_inbound_stream_id
+        last = self._highest_seen if self._server else 0
         payload = last.to_bytes(4, "big") + int(error_code).to_bytes(4, "big")
         self.out += header(len(payload), FrameType.GOAWAY, 0, 0) + payload
 
@@ -235,7 +250,7 @@ class HboneConnection:
         for piece in self._splitter.feed(data):
             if isinstance(piece, Frame):
                 gathering = None
-                events.extend(self._on_frame(piece))
+                self._on_frame(piece, events)
                 continue
             if self._accept_data(piece, events) and piece.payload:
                 # Pieces of one stream in a row become one event: one send.
@@ -248,7 +263,7 @@ class HboneConnection:
                     events.append(gathering)
             if piece.ends_stream and piece.stream_id in self._streams:
                 gathering = None
-                events.extend(self._h2_events(self._h2.end_of_data(piece.stream_id)))
+                self._on_stream_ended(piece.stream_id, events)
         return events
 
     def _accept_data(self, piece: Data, events: list[Event]) -> bool:
@@ -279,12 +294,22 @@ class HboneConnection:
             self.credit(piece.stream_id, piece.padding)
         return True
 
-    def _on_frame(self, frame: Frame) -> Iterator[Event]:
-        if frame.type == FrameType.WINDOW_UPDATE:
-            return self._on_window_update(frame)
-        if frame.type == FrameType.GOAWAY:
-            return self._on_go_away(frame)
-        return self._h2_events(self._h2.feed(frame.raw))
+    def _on_frame(self, frame: Frame, events: list[Event]) -> None:
+        match frame.type:
+            case FrameType.HEADERS | FrameType.CONTINUATION:
+                self._on_headers(frame, events)
+            case FrameType.WINDOW_UPDATE:
+                events.extend(self._on_window_update(frame))
+            case FrameType.RST_STREAM:
+                self._on_stream_reset(frame, events)
+            case FrameType.GOAWAY:
+                events.extend(self._on_go_away(frame))
+            case FrameType.PRIORITY:
+                _check_priority(frame.stream_id, frame.payload)
+            case FrameType.PUSH_PROMISE:
+                raise PeerError(ErrorCodes.PROTOCOL_ERROR, "PUSH_PROMISE, which we forbid")
+            case _:
+                self._on_settings_or_ping(frame, events)
 
     def _on_window_update(self, frame: Frame) -> Iterator[Event]:
         payload = frame.payload
@@ -332,69 +357,107 @@ class HboneConnection:
                 self._forget(stream_id)
                 yield StreamReset(stream_id, ErrorCodes.REFUSED_STREAM, by_peer=True)
 
-    def _h2_events(self, events: list[h2.events.Event]) -> Iterator[Event]:
-        """Translate what h2 saw; what it answered goes out."""
+    def _on_settings_or_ping(self, frame: Frame, events: list[Event]) -> None:
+        seen = self._h2.feed(frame.raw)
         self._take_h2_output()
-        for event in events:
+        for event in seen:
             match event:
-                case h2.events.RequestReceived():
-                    yield from self._on_request(event)
-                case h2.events.ResponseReceived():
-                    yield from self._on_response(event)
-                case h2.events.StreamEnded(stream_id=stream_id):
-                    yield from self._on_stream_ended(stream_id)
-                case h2.events.StreamReset():
-                    yield from self._on_stream_reset(event)
                 case h2.events.RemoteSettingsChanged():
-                    yield self._on_settings(event)
+                    events.append(self._on_settings(event))
                 case h2.events.PingAckReceived():
-                    yield PingAnswered()
+                    events.append(PingAnswered())
                 case _:
-                    pass  # answered by h2 itself (PING, our SETTINGS acknowledged) or ignored
+                    pass  # answered by h2 itself (PING, our SETTINGS acknowledged)
 
-    def _on_request(self, event: h2.events.RequestReceived) -> Iterator[Event]:
-        stream_id = event.stream_id
-        if not self._server:
-            # To h2 HEADERS on a new even stream are a request, whoever we are.
-            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "the server opened a stream")
-        self._highest_seen = max(self._highest_seen, stream_id)
-        stream = _Stream(SendWindow(self._peer_initial_window))
-        self._streams[stream_id] = stream
+    def _on_headers(self, frame: Frame, events: list[Event]) -> None:
+        """Gather a header block; act on it once it is whole."""
+        begun = self._block
+        if begun is not None:
+            # The splitter has seen to it that it is a CONTINUATION of this one.
+            block, ends_stream = begun.raw + frame.payload, begun.flags & FLAG_END_STREAM
+            self._block = None
+            self._continuations += 1
+            if self._continuations > CONTINUATION_LIMIT:
+                raise PeerError(ErrorCodes.PROTOCOL_ERROR, "a header block in too many pieces")
+        else:
+            block, ends_stream = _block_of(frame), frame.flags & FLAG_END_STREAM
+            self._continuations = 0
+        if not frame.flags & FLAG_END_HEADERS:
+            flags = FLAG_END_STREAM if ends_stream else 0
+            self._block = Frame(FrameType.HEADERS, flags, frame.stream_id, block)
+            return
+        # Decoded in any case, for the state of the peer's encoder.
+        headers = self._h2.headers.decode(block)
+        stream_id = frame.stream_id
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            if stream.remote_ended:
+                raise PeerError(ErrorCodes.STREAM_CLOSED, "HEADERS after the end of a stream")
+            if self._server or stream.answered:
+                if not ends_stream:
+                    raise PeerError(ErrorCodes.PROTOCOL_ERROR, "trailers that do not end a stream")
+            elif not self._on_response(stream, stream_id, headers, events):
+                return
+        elif self._server and stream_id & 1 and stream_id > self._highest_seen:
+            if not self._on_request(stream_id, headers, events):
+                return
+        elif stream_id in self._cut:
+            return
+        elif stream_id <= self._highest_seen and stream_id & 1:
+            raise PeerError(ErrorCodes.STREAM_CLOSED, "HEADERS on a closed stream")
+        else:
+            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "the peer opened a stream with a wrong id")
+        if ends_stream:
+            self._on_stream_ended(stream_id, events)
+
+    def _on_request(self, stream_id: int, headers: Headers, events: list[Event]) -> bool:
+        """Server: a new stream; False when it is refused."""
+        self._highest_seen = stream_id
+        self._streams[stream_id] = _Stream(self._peer_initial_window)
         if self.going_away or len(self._streams) > SERVER_MAX_STREAMS:
             # The client may try again elsewhere: we did nothing with it.
             self.reset(stream_id, ErrorCodes.REFUSED_STREAM)
-            return
-        headers: Headers = tuple((bytes(name), bytes(value)) for name, value in event.headers)
+            return False
         line = read_request(headers)
-        yield RequestReceived(stream_id, line.method, line.authority, headers, line.well_formed)
+        events.append(
+            RequestReceived(stream_id, line.method, line.authority, headers, line.well_formed)
+        )
+        return True
 
-    def _on_response(self, event: h2.events.ResponseReceived) -> Iterator[Event]:
-        stream_id = event.stream_id
-        stream = self._streams.get(stream_id)
-        if stream is None:
-            return
-        headers: Headers = tuple((bytes(name), bytes(value)) for name, value in event.headers)
+    def _on_response(
+        self, stream: _Stream, stream_id: int, headers: Headers, events: list[Event]
+    ) -> bool:
+        """Client: the answer, or an interim one; False when the stream has gone."""
         status = read_status(headers)
         if status == 0:
             self.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
-            yield StreamReset(stream_id, ErrorCodes.PROTOCOL_ERROR, by_peer=False)
-            return
-        stream.answered = True
-        yield ResponseReceived(stream_id, status, headers)
+            events.append(StreamReset(stream_id, ErrorCodes.PROTOCOL_ERROR, by_peer=False))
+            return False
+        if status >= _FIRST_FINAL_STATUS:
+            stream.answered = True
+            events.append(ResponseReceived(stream_id, status, headers))
+        return True
 
-    def _on_stream_ended(self, stream_id: int) -> Iterator[Event]:
+    def _on_stream_ended(self, stream_id: int, events: list[Event]) -> None:
         stream = self._streams.get(stream_id)
         if stream is None:
             return
+        if not self._server and not stream.answered:
+            self.reset(stream_id, ErrorCodes.PROTOCOL_ERROR)
+            events.append(StreamReset(stream_id, ErrorCodes.PROTOCOL_ERROR, by_peer=False))
+            return
         stream.remote_ended = True
         if stream.local_ended:
-            self._forget(stream_id)
-        yield StreamEnded(stream_id)
+            del self._streams[stream_id]
+        events.append(StreamEnded(stream_id))
 
-    def _on_stream_reset(self, event: h2.events.StreamReset) -> Iterator[Event]:
-        stream_id = event.stream_id
-        stream = self._streams.get(stream_id)
-        self._forget(stream_id)
+    def _on_stream_reset(self, frame: Frame, events: list[Event]) -> None:
+        payload, stream_id = frame.payload, frame.stream_id
+        if len(payload) != 4:
+            raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, "RST_STREAM is not 4 bytes long")
+        if stream_id > self._highest_seen or not stream_id & 1:
+            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "RST_STREAM on an idle stream")
+        stream = self._streams.pop(stream_id, None)
         if stream is None:
             return
         if self._server and not stream.answered:
@@ -403,7 +466,7 @@ class HboneConnection:
             self._early_resets += 1
             if self._early_resets > EARLY_RESET_LIMIT:
                 raise PeerError(ErrorCodes.ENHANCE_YOUR_CALM, "too many streams reset unanswered")
-        yield StreamReset(stream_id, int(event.error_code or 0), bool(event.remote_reset))
+        events.append(StreamReset(stream_id, int.from_bytes(payload, "big"), by_peer=True))
 
     def _on_settings(self, event: h2.events.RemoteSettingsChanged) -> Event:
         changed = event.changed_settings
@@ -426,11 +489,15 @@ class HboneConnection:
     # --- helpers ----------------------------------------------------------
 
     def _send_headers(self, stream_id: int, headers: Headers, *, end_stream: bool) -> None:
-        try:
-            self._h2.send_headers(stream_id, headers, end_stream=end_stream)
-        except ProtocolError as error:
-            raise UsageError(f"HEADERS on stream {stream_id}: {error}") from error
-        self._take_h2_output()
+        block = self._encoder.encode(headers)
+        kind, flags = FrameType.HEADERS, FLAG_END_STREAM if end_stream else 0
+        while len(block) > _DEFAULT_MAX_FRAME_BYTES:
+            self.out += header(_DEFAULT_MAX_FRAME_BYTES, kind, flags, stream_id)
+            self.out += block[:_DEFAULT_MAX_FRAME_BYTES]
+            block = block[_DEFAULT_MAX_FRAME_BYTES:]
+            kind, flags = FrameType.CONTINUATION, 0
+        self.out += header(len(block), kind, flags | FLAG_END_HEADERS, stream_id)
+        self.out += block
 
     def _take_h2_output(self) -> None:
         self.out += self._h2.data_to_send()
@@ -441,7 +508,32 @@ class HboneConnection:
 
     def _forget(self, stream_id: int) -> None:
         self._streams.pop(stream_id, None)
-        self._h2.forget(stream_id)
+
+
+def _block_of(frame: Frame) -> bytes:
+    """The fragment of a HEADERS frame, without padding and priority."""
+    block, flags = frame.payload, frame.flags
+    if frame.stream_id == 0:
+        raise PeerError(ErrorCodes.PROTOCOL_ERROR, "HEADERS on stream 0")
+    if flags & FLAG_PADDED:
+        if not block:
+            raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, "padded HEADERS without a pad length")
+        end = len(block) - block[0]
+        if end < 1:
+            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "more padding than frame")
+        block = block[1:end]
+    if flags & FLAG_PRIORITY:
+        _check_priority(frame.stream_id, block[:_PRIORITY_BYTES])
+        block = block[_PRIORITY_BYTES:]
+    return block
+
+
+def _check_priority(stream_id: int, priority: bytes) -> None:
+    """We have no use for it; but it must be one (RFC 9113, 6.3 and RFC 7540, 5.3.1)."""
+    if len(priority) != _PRIORITY_BYTES:
+        raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, "a priority is not 5 bytes long")
+    if stream_id == 0 or int.from_bytes(priority[:4], "big") & 0x7FFFFFFF == stream_id:
+        raise PeerError(ErrorCodes.PROTOCOL_ERROR, "a priority of no stream, or of its own")
 
 
 def _longer(events: list[Event], gathered: DataReceived, more: int) -> DataReceived:
