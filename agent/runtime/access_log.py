@@ -39,7 +39,7 @@ def opened(live: LiveConnection, labels: Labels) -> None:
     """Say that a connection begins; costs next to nothing unless debug is on."""
     if access_log.isEnabledFor(logging.DEBUG):
         fields = {**_ends(live, labels), "direction": _DIRECTION[live.reporter]}
-        access_log.debug("connection opened", extra={"fields": fields})
+        _write(logging.DEBUG, "connection opened", fields)
 
 
 def complete(live: LiveConnection, labels: Labels, duration_s: float) -> None:
@@ -57,7 +57,7 @@ def complete(live: LiveConnection, labels: Labels, duration_s: float) -> None:
         "duration": f"{int(duration_s * 1000)}ms",
         "error": live.error or None,
     }
-    access_log.log(level, "connection complete", extra={"fields": fields})
+    _write(level, "connection complete", fields)
 
 
 def denied_early(
@@ -71,7 +71,15 @@ def denied_early(
             "direction": _DIRECTION[reporter],
             "error": error,
         }
-        access_log.warning("connection failed", extra={"fields": fields})
+        _write(logging.WARNING, "connection failed", fields)
+
+
+def _write(level: int, message: str, fields: dict[str, object]) -> None:
+    # Not Logger.log(): it walks the stack for a line number that nobody prints,
+    # which is a third of its 20 us.
+    record = logging.LogRecord(access_log.name, level, "", 0, message, None, None)
+    record.fields = fields
+    access_log.handle(record)
 
 
 def _ends(live: LiveConnection, labels: Labels) -> dict[str, object]:

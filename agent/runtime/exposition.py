@@ -1,9 +1,9 @@
 """Metrics on the wire: Prometheus' text format 0.0.4 and OpenMetrics 1.0.
 
-Our own 100 lines instead of prometheus-client: its counters take a lock and a
-dict of label names per sample (11 us a connection for five `inc()` on this
-machine against 3 us for ours), it cannot expire a series by what it belongs
-to, and its exposition walks Sample objects where we join prepared strings.
+Our own 100 lines instead of prometheus-client: four counters with 27 labels
+cost it 20 us of CPU a connection where `traffic_metrics.py` takes 6.5, finding
+the labels' values included; it cannot expire a series by what it belongs to;
+and its exposition walks Sample objects where we join prepared strings.
 
 A family's name has no suffix; `_total` of counters is put on where the format
 wants it. Help texts end with a stop, as ztunnel's do.

@@ -15,7 +15,7 @@ from tests.progs.server import ECHO
 from tests.telemetry.web import Web
 from tests.testbed import Testbed
 
-pytestmark = [pytest.mark.root, pytest.mark.netns, pytest.mark.compat]
+pytestmark = [pytest.mark.root, pytest.mark.netns]
 
 NOBODY = 65534
 PROTECTED = (
@@ -30,6 +30,7 @@ PROTECTED = (
 )
 
 
+@pytest.mark.compat
 def test_metrics_are_served_in_both_formats_by_accept_and_on_both_paths(web: Web) -> None:
     for path in ("/metrics", "/stats/prometheus"):
         status, headers, body = web(1, 15020, path)
@@ -51,6 +52,7 @@ def test_metrics_are_served_in_both_formats_by_accept_and_on_both_paths(web: Web
     assert web(1, 15020, "/other")[0] == 404
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(("method", "path"), PROTECTED)
 def test_who_is_not_root_gets_the_page_and_nothing_else(web: Web, method: str, path: str) -> None:
     status, _headers, body = web(1, 15000, path, method, user=NOBODY)
@@ -59,6 +61,7 @@ def test_who_is_not_root_gets_the_page_and_nothing_else(web: Web, method: str, p
     assert web(1, 15000, "/", user=NOBODY)[0] == 200
 
 
+@pytest.mark.compat
 def test_both_loopback_addresses_answer_root_and_no_other_address_does(
     bed: Testbed, web: Web
 ) -> None:
@@ -68,6 +71,7 @@ def test_both_loopback_addresses_answer_root_and_no_other_address_does(
         bed.connect(bed["n1a"], "198.18.0.1", 15000)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     "headers",
     [
@@ -85,6 +89,7 @@ def test_a_page_of_another_site_is_refused_even_in_roots_browser(
     assert "answered" in body or "not this agent" in body
 
 
+@pytest.mark.compat
 def test_the_configuration_dump_has_ztunnels_shape_and_live_connections(
     bed: Testbed, web: Web
 ) -> None:
@@ -129,6 +134,7 @@ def test_the_configuration_dump_has_ztunnels_shape_and_live_connections(
     assert names["n1a"]["workloadIps"] == [client.ipv4, client.ipv6]
 
 
+@pytest.mark.compat
 def test_log_levels_change_by_http_and_by_command_and_return(bed: Testbed, web: Web) -> None:
     assert web(1, 15000, "/logging", "POST")[2] == "current log level is info\n"
     assert web(1, 15000, "/logging?level=access=debug", "POST")[2] == (
@@ -151,6 +157,7 @@ def test_log_levels_change_by_http_and_by_command_and_return(bed: Testbed, web: 
     assert bed.agents[1].cli("log", "--level", "nowhere=debug", check=False).returncode == 1
 
 
+@pytest.mark.compat
 def test_a_level_for_a_time_is_taken_back(bed: Testbed, web: Web) -> None:
     bed.agents[1].cli("log", "--level", "pods=error", "--for", "1s")
 
@@ -160,6 +167,7 @@ def test_a_level_for_a_time_is_taken_back(bed: Testbed, web: Web) -> None:
     eventually("the level is back", back, 10.0)
 
 
+@pytest.mark.compat
 def test_policies_are_listed_by_the_command(bed: Testbed) -> None:
     rules = [[[{"destinationPorts": [9]}]]]
     with bed.policy(action="Deny", name="no-nine", rules=rules):
@@ -169,6 +177,7 @@ def test_policies_are_listed_by_the_command(bed: Testbed) -> None:
     assert "DENY" in shown
 
 
+@pytest.mark.compat
 def test_profiles_and_the_task_dump_come_from_the_live_agent(web: Web) -> None:
     status, headers, body = web(1, 15000, "/debug/pprof/profile?seconds=1&frequency=50")
     assert (status, headers["content-type"]) == (200, "application/octet-stream")
@@ -191,6 +200,7 @@ def test_profiles_and_the_task_dump_come_from_the_live_agent(web: Web) -> None:
     assert "httpd.py" in tasks
 
 
+@pytest.mark.slow
 def test_series_of_a_pod_that_is_gone_are_forgotten_after_the_grace(
     bed: Testbed, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +225,7 @@ def test_series_of_a_pod_that_is_gone_are_forgotten_after_the_grace(
     eventually("the series are gone", gone, 40.0)
 
 
+@pytest.mark.compat
 def test_quitquitquit_ends_the_agent_in_order(bed: Testbed, web: Web) -> None:
     agent = bed.agents[2]
     assert web(2, 15000, "/quitquitquit")[0] == 405

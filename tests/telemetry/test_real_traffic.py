@@ -15,7 +15,7 @@ from tests.progs.server import ECHO
 from tests.telemetry.web import Web
 from tests.testbed import Testbed
 
-pytestmark = [pytest.mark.root, pytest.mark.netns, pytest.mark.compat]
+pytestmark = [pytest.mark.root, pytest.mark.netns]
 
 TEXT = b"0123456789" * 7
 
@@ -53,6 +53,7 @@ def line_of(web: Web, node: int, **wanted: Any) -> dict[str, Any]:
     return found[-1]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("node", "reporter"), [(1, "source"), (2, "destination")], ids=["source", "destination"]
 )
@@ -90,6 +91,7 @@ def test_both_reporters_count_a_tunneled_connection(
     }
 
 
+@pytest.mark.compat
 def test_plaintext_has_no_source_principal_and_an_unknown_security_policy(
     bed: Testbed, web: Web
 ) -> None:
@@ -104,6 +106,7 @@ def test_plaintext_has_no_source_principal_and_an_unknown_security_policy(
     )
 
 
+@pytest.mark.compat
 def test_open_sockets_and_bytes_are_seen_while_a_connection_lives(bed: Testbed, web: Web) -> None:
     client, server = bed["n1a"], bed["n2b"]
     with bed.connect(client, server.ipv4, ECHO) as sock:
@@ -114,6 +117,7 @@ def test_open_sockets_and_bytes_are_seen_while_a_connection_lives(bed: Testbed, 
     assert sum(value for _, value in sent) >= len(TEXT)
 
 
+@pytest.mark.compat
 def test_access_log_lines_of_both_ends_have_ztunnels_fields(bed: Testbed, web: Web) -> None:
     client, server = bed["n1a"], bed["n2a"]
     port = carry(bed, client, server)
@@ -143,6 +147,7 @@ def test_access_log_lines_of_both_ends_have_ztunnels_fields(bed: Testbed, web: W
         assert line["src.cluster"] == line["dst.cluster"] == "Kubernetes"
 
 
+@pytest.mark.compat
 def test_identities_are_logged_only_under_mutual_tls(bed: Testbed, web: Web) -> None:
     port = carry(bed, bed["n1x"], bed["n2a"])
     line = line_of(web, 2, **{"src.addr": f"{bed['n1x'].ipv4}:{port}"})
@@ -152,6 +157,7 @@ def test_identities_are_logged_only_under_mutual_tls(bed: Testbed, web: Web) -> 
     assert "dst.hbone_addr" not in line
 
 
+@pytest.mark.compat
 def test_a_denial_is_flagged_deny_and_logged_as_an_error(bed: Testbed, web: Web) -> None:
     client, server = bed["n1a"], bed["n2a"]
     rules = [[[{"destinationPorts": [ECHO]}]]]
@@ -165,6 +171,7 @@ def test_a_denial_is_flagged_deny_and_logged_as_an_error(bed: Testbed, web: Web)
             assert between(values, reporter="destination", response_flags="DENY")
 
 
+@pytest.mark.slow
 def test_a_tunnel_port_that_does_not_answer_is_flagged_network_policy(
     bed: Testbed, web: Web
 ) -> None:

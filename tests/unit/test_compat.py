@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "compat.md"
 ROW = re.compile(r"^\| ([A-Z]+\d+) \| (.+) \| (.+) \|$")
+MARK = re.compile(r"mark\.(compat|slow)\b")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
@@ -42,14 +43,14 @@ def names_in(path: str) -> frozenset[str]:
 
 @cache
 def is_marked(path: str, name: str) -> bool:
-    """Whether the file, or the test, carries the marker `compat`."""
+    """Whether the file, or the test, carries the marker `compat`, or `slow` for a long one."""
     tree = ast.parse((ROOT / path).read_text())
     for node in tree.body:
         text = ast.unparse(node)
-        if text.startswith("pytestmark = ") and "mark.compat" in text:
+        if text.startswith("pytestmark = ") and MARK.search(text):
             return True
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
-            return any("mark.compat" in ast.unparse(each) for each in node.decorator_list)
+            return any(MARK.search(ast.unparse(each)) for each in node.decorator_list)
     return False
 
 
