@@ -12,7 +12,7 @@ from tests.containerd.bed import CriBed
 from tests.containerd.node import Made
 from tests.testbed import Testbed
 
-ACCOUNT_WAIT_S = 3
+ACCOUNT_WAIT_S = 2
 TAG = os.environ.get("MESHBPF_CONTAINERD_TAG", "cri")
 
 

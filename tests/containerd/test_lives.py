@@ -63,7 +63,10 @@ def test_a_successor_that_the_mesh_does_not_know_waits_until_it_does(bed: CriBed
     assert bed.wait_state(bed.agents[1], again, "attached").addresses == (again.ip,)
 
 
-@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+@pytest.mark.parametrize(
+    "kill",
+    [pytest.param(False, id="stopped"), pytest.param(True, id="killed", marks=pytest.mark.slow)],
+)
 def test_attachments_outlive_a_containerd_that_restarts(
     bed: CriBed, a: Made, b: Made, kill: bool
 ) -> None:
