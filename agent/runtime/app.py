@@ -116,7 +116,13 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
     if settings.stats_port:
         stats_listeners.append(httpd.open_listener(settings.stats_port, "stats"))
     if settings.admin_port:
-        admin_listeners += httpd.open_loopback(settings.admin_port, "admin")
+        try:
+            admin_listeners += httpd.open_loopback(settings.admin_port, "admin")
+        except MeshbpfError as error:
+            if error.code != "no-ip":
+                raise
+            # A netns whose lo is down: worth a word, no reason to carry nothing.
+            log.warning("no admin port", cause=error.what)
     for listener in (*stats_listeners, *admin_listeners):
         stack.callback(listener.close)
     control = ControlServer(state_dir.control_socket)
