@@ -15,10 +15,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from meshbpf.agent import config_place
 from meshbpf.agent.config import DEFAULT_STATE_DIR, Exemptions, OptionError, Settings
 from meshbpf.agent.config_keys import (
     BY_NAME,
-    ENVIRONMENT_PREFIX,
     EXEMPT_FIELDS,
     KEYS,
     Value,
@@ -26,8 +26,6 @@ from meshbpf.agent.config_keys import (
 )
 from meshbpf.agent.core.errors import ConfigError
 
-DEFAULT_FILE = Path("/etc/meshbpf/config.yaml")
-FILE_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 FLAG = "flag"
 DEFAULT = "default"
 
@@ -49,7 +47,7 @@ class Resolved:
                 "missing-setting",
                 f"{key.name} is set nowhere",
                 f"give {key.option}, {key.environment}, or {key.name} in "
-                f"{self.file or DEFAULT_FILE}",
+                f"{self.file or config_place.DEFAULT_FILE}",
             )
         given: dict[str, Any] = {}
         exempt: dict[str, Any] = {}
@@ -80,8 +78,13 @@ def resolve(
     `flags` holds parsed values by field of Settings, those alone that were
     given; `file` is --config. Raises ConfigError.
     """
-    path = find_file(environ, file)
-    from_file = _read(path) if path is not None else {}
+    path = config_place.find_file(environ, file)
+    from_file: dict[str, Value] = {}
+    if path is not None:
+        # YAML takes its time to be imported, and often there is no file.
+        from meshbpf.agent.config_file import read_file
+
+        from_file = read_file(path)
     defaults = _defaults()
     values: dict[str, Value] = {}
     for key in KEYS:
@@ -100,23 +103,6 @@ def resolve(
     return Resolved(values, path)
 
 
-def find_file(environ: Mapping[str, str], file: Path | None = None) -> Path | None:
-    """The file to read: --config, MESHBPF_CONFIG, or the usual one if it is there."""
-    if file is not None:
-        return file
-    named = environ.get(FILE_VARIABLE)
-    if named:
-        return Path(named)
-    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
-
-
-def _read(path: Path) -> dict[str, Value]:
-    # YAML takes its time to be imported, and most commands need none.
-    from meshbpf.agent.config_file import read_file
-
-    return read_file(path)
-
-
 def _defaults() -> dict[str, Any]:
     found: dict[str, Any] = {"node": os.uname().nodename.lower(), "state_dir": DEFAULT_STATE_DIR}
     for item in fields(Settings):
@@ -126,22 +112,3 @@ def _defaults() -> dict[str, Any]:
     for name, part in EXEMPT_FIELDS.items():
         found[name] = getattr(nothing, part)
     return found
-
-
-def client_state_dir(environ: Mapping[str, str]) -> Path:
-    """Where commands look for the agent when no --state-dir says so.
-
-    As `run` finds it. A file that cannot be understood is the agent's trouble
-    and not that of whoever asks one.
-    """
-    if text := environ.get(BY_NAME["state-dir"].environment):
-        return Path(text)
-    path = find_file(environ)
-    try:
-        # Most files do not say.
-        if path is None or b"state-dir" not in path.read_bytes():
-            return DEFAULT_STATE_DIR
-        found = _read(path).get("state-dir")
-    except (OSError, ConfigError):
-        return DEFAULT_STATE_DIR
-    return found.value if found is not None else DEFAULT_STATE_DIR

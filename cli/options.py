@@ -25,7 +25,7 @@ from meshbpf.agent.config import (
     parse_duration_s,
     parse_ports,
 )
-from meshbpf.agent.config_sources import client_state_dir
+from meshbpf.agent.config_place import client_state_dir
 from meshbpf.agent.core.errors import ConfigError, MeshbpfError, PrivilegeError
 from meshbpf.cli.failure import CommandUsageError
 from meshbpf.cli.output import Format

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from meshbpf.agent import config_sources
+from meshbpf.agent import config_place
 from meshbpf.agent.config import OptionError, Settings, duration_text, parse_duration_s
 from meshbpf.agent.config_keys import EXEMPT_FIELDS, KEYS
-from meshbpf.agent.config_sources import client_state_dir, find_file, resolve
+from meshbpf.agent.config_place import STATE_DIR_VARIABLE, client_state_dir, find_file
+from meshbpf.agent.config_sources import resolve
 from meshbpf.agent.core.errors import ConfigError, Exit
 
 NEEDED = "ca-dir: /etc/ca\nlocal-xds: /etc/mesh.yaml\n"
@@ -20,7 +21,7 @@ NEEDED = "ca-dir: /etc/ca\nlocal-xds: /etc/mesh.yaml\n"
 
 @pytest.fixture(autouse=True)
 def _no_file_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(config_sources, "DEFAULT_FILE", tmp_path / "not-there.yaml")
+    monkeypatch.setattr(config_place, "DEFAULT_FILE", tmp_path / "not-there.yaml")
 
 
 @pytest.fixture
@@ -197,6 +198,7 @@ def test_commands_find_the_agent_where_run_put_it(file: Path) -> None:
         file.write_text(text)
         assert client_state_dir(named) == Path("/var/lib/meshbpf")
     assert client_state_dir({}) == Path("/var/lib/meshbpf")
+    assert STATE_DIR_VARIABLE in {key.environment for key in KEYS}
 
 
 def test_the_usual_file_is_read_when_it_is_there(
@@ -204,7 +206,7 @@ def test_the_usual_file_is_read_when_it_is_there(
 ) -> None:
     assert find_file({}) is None
     file.touch()
-    monkeypatch.setattr(config_sources, "DEFAULT_FILE", file)
+    monkeypatch.setattr(config_place, "DEFAULT_FILE", file)
     assert find_file({}) == file
 
 
