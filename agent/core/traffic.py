@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.service import Service
@@ -94,8 +95,12 @@ class Described:
 _NOBODY = Described()
 
 
+@lru_cache(maxsize=1024)
 def parse_baggage(text: str) -> Described:
-    """Read a `baggage` header; members that nobody asked for are passed over."""
+    """Read a `baggage` header; members that nobody asked for are passed over.
+
+    Cached: a workload says the same with each of its connections.
+    """
     found: dict[str, str] = {}
     for member in text.split(","):
         name, equals, value = member.strip().partition("=")

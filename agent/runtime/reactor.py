@@ -103,6 +103,10 @@ class Reactor:
         """Call `turn` once, after the sockets that are ready now."""
         self._turns.append(turn)
 
+    def before_waiting(self, turn: Turn) -> None:
+        """Call `turn` once, when all that can run now has run: what is done for many at once."""
+        self.again(turn)
+
     @property
     def waiting(self) -> bool:
         """A turn has been asked for: do not wait for I/O."""
@@ -133,11 +137,32 @@ class Reactor:
         return others
 
 
+class _Inside(Reactor):
+    """Served from trio's own wait."""
+
+    def __init__(self, epoll: select.epoll) -> None:
+        super().__init__(epoll)
+        self._last: list[Turn] = []
+
+    def before_waiting(self, turn: Turn) -> None:
+        self._last.append(turn)
+
+    def finish(self) -> None:
+        """The last moment before a wait."""
+        while self._last:
+            last, self._last = self._last, []
+            for turn in last:
+                try:
+                    turn()
+                except Exception as error:  # the same boundary as in `serve`
+                    log.exception("a turn failed: %s", error)
+
+
 class _Inlet:
     """An epoll object for trio that keeps our events to itself."""
 
     def __init__(self, epoll: select.epoll, runnable: Sized) -> None:
-        self.reactor = Reactor(epoll)
+        self.reactor = _Inside(epoll)
         self._poll = epoll.poll
         self._runnable = runnable
         # The rest is trio's alone.
@@ -152,6 +177,9 @@ class _Inlet:
         reactor, maxevents = self.reactor, max(maxevents, _MAX_EVENTS)
         deadline = time.monotonic() + timeout
         while True:
+            reactor.finish()
+            if self._runnable:
+                timeout = 0
             busy = reactor.waiting
             events = self._poll(0 if busy else timeout, maxevents)
             if not (events or busy):

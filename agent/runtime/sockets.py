@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from meshbpf.agent.core.address import IPAddress, SocketAddress
+from meshbpf.agent.core.address import IPAddress, SocketAddress, ip_text
 from meshbpf.agent.core.errors import MeshbpfError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -92,8 +92,13 @@ async def connect(sock: socket.socket, target: SocketAddress) -> None:
     Raises DialError; the socket stays the caller's to close, also when
     cancelled.
     """
-    result = sock.connect_ex((str(target.ip), target.port))
+    address = (ip_text(target.ip), target.port)
+    result = sock.connect_ex(address)
     if result == errno.EINPROGRESS:
+        # Over loopback the handshake is over by the time connect(2) returns,
+        # but only a second call says so; else it is EALREADY.
+        result = sock.connect_ex(address)
+    if result == errno.EALREADY:
         with trio.move_on_after(CONNECT_TIMEOUT_S) as scope:
             await trio.lowlevel.wait_writable(sock)
         if scope.cancelled_caught:

@@ -322,6 +322,10 @@ class TunnelStream:
             self._shut_down(app)
 
     def _shut_down(self, app: socket.socket) -> None:
+        if self.complete:
+            # The owner closes it now, which says the same.
+            self._check_finished()
+            return
         try:
             app.shutdown(socket.SHUT_WR)
         except OSError as error:

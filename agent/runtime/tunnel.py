@@ -48,6 +48,8 @@ PING_INTERVAL_S = 10.0
 PING_TIMEOUT_S = 20.0
 IDLE_LIMIT_S = 300.0
 """How long a pooled tunnel without streams is kept."""
+SMALL_BYTES = 16 * 1024
+"""A chunk up to this waits for others of the same round, to leave with one send."""
 BACKLOG_LIMIT_BYTES = 4 * 1024 * 1024
 """Only a peer that makes us answer and never reads gets here."""
 
@@ -97,6 +99,8 @@ class Tunnel:
         self._scope = trio.CancelScope()
         self._fault: WireError | OSError | None = None
         """What ended the tunnel, if it was not in order."""
+        self._transmitting = False
+        """`_transmit_all` will be called at the end of this round."""
         self._ending = False
         self._end_reason = "the tunnel was closed"
         self._sock_ended = False
@@ -197,7 +201,10 @@ class Tunnel:
                 lambda buffer, at, length: wire.write_data_header(buffer, at, stream_id, length),
             )
         )
-        self._transmit()
+        if size > SMALL_BYTES:
+            self._transmit()
+        else:
+            self._transmit_soon()
         self.pass_turn()
 
     def wait_turn(self, stream: TunnelStream) -> None:
@@ -322,8 +329,9 @@ class Tunnel:
                 self._on_event(event)
             if size < len(plaintext):
                 break
-        # TLS may have something to say as well (a key update).
-        self._send_control()
+        # What TLS itself may have to say (a key update) goes with our next word.
+        if self._wire.out:
+            self._send_control()
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -383,6 +391,20 @@ class Tunnel:
         self._wire.out.clear()
 
     def _send_control(self) -> None:
+        """Send what the wire has to say, with what others have to say in this round."""
+        self._transmit_soon()
+
+    def _transmit_soon(self) -> None:
+        if not self._transmitting:
+            self._transmitting = True
+            self.reactor.before_waiting(self._transmit_all)
+
+    def _transmit_all(self) -> None:
+        self._transmitting = False
+        if not self.closed:
+            self._guarded(self._transmit_now)
+
+    def _transmit_now(self) -> None:
         if self._wire.out:
             self._encrypt_control()
         self._transmit()
@@ -465,7 +487,7 @@ class Tunnel:
         """GOAWAY and close_notify, as far as the socket takes them without waiting."""
         try:
             self._wire.go_away(error_code)
-            self._send_control()
+            self._transmit_now()
             self._channel.close()
             self._transmit()
         except MeshbpfError as error:

@@ -42,7 +42,7 @@ async def test_a_callback_wakes_a_task_at_once(
 ) -> None:
     ours, theirs = ends
     loop, seen = reactor.current(), trio.Event()
-    assert (type(loop) is reactor.Reactor) == (joined == INSIDE)
+    assert isinstance(loop, reactor._Inside) == (joined == INSIDE)
 
     def on_event(flags: int) -> None:
         if flags & reactor.READABLE and ours.recv(100):
