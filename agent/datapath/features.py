@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath import bpffs, probes
 from meshbpf.agent.datapath.build import toolchain_identity
+from meshbpf.agent.datapath.cgroups import cgroup_layout
 from meshbpf.agent.datapath.headers import locate_headers
 from meshbpf.agent.datapath.mounts import mounted_kind, mounts_of
 
@@ -92,6 +93,11 @@ _PROBES = (
 def probe() -> tuple[Feature, ...]:
     """Try everything; takes some milliseconds, changes nothing. Raises nothing."""
     return tuple(_run(item) for item in _PROBES)
+
+
+def cgroup_reason() -> str:
+    """Which layout of cgroups this machine has, and so which capture, for people."""
+    return cgroup_layout().reason
 
 
 def _run(item: _Probe) -> Feature:

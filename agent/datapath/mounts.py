@@ -24,6 +24,7 @@ class Mount:
     device: str  # MAJOR:MINOR
     point: Path
     kind: str  # proc, bpf, cgroup2, ...
+    root: str = "/"  # what of the filesystem is seen: "/" is all of it
 
 
 def mounts_of(process: str = "self", *, proc: Path = Path("/proc")) -> tuple[Mount, ...]:
@@ -45,6 +46,6 @@ def mounted_kind(kind: str, mounts: tuple[Mount, ...]) -> Mount | None:
 def _parse(line: str) -> Mount:
     # 42 23 0:39 / /sys/fs/bpf rw,relatime shared:7 - bpf bpf rw
     before, _, after = line.partition(" - ")
-    number, _, device, _, point = before.split(" ")[:5]
+    number, _, device, root, point = before.split(" ")[:5]
     plain = _OCTAL.sub(lambda code: chr(int(code[1], 8)), point)
-    return Mount(int(number), device, Path(plain), after.split(" ")[0])
+    return Mount(int(number), device, Path(plain), after.split(" ")[0], root)

@@ -26,8 +26,8 @@ from typing import Final
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath import bpffs, codecs, links, pinned
 from meshbpf.agent.datapath.attaching import Attacher
+from meshbpf.agent.datapath.cgroups import cgroup_layout
 from meshbpf.agent.datapath.codecs import IPNetwork
-from meshbpf.agent.datapath.mounts import mounted_kind, mounts_of
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.objects import compile_catalogue
 from meshbpf.agent.datapath.pins import Pins
@@ -346,16 +346,16 @@ def _attached(record: PodRecord) -> AttachedPod:
 def _connect_hooks(attacher: Attacher, capture: Capture) -> tuple[str, str]:
     """Attach or remove the connect hooks; what is in force, and why."""
     pins = attacher.pins
-    root = mounted_kind("cgroup2", mounts_of())
-    if capture is Capture.AUTO and root is not None:
+    layout = cgroup_layout()
+    if capture is Capture.AUTO and layout.point is not None:
         with Programs(attacher.compiled, attacher.maps) as programs:
             for name in _CONNECT_HOOKS:
-                links.hold_connect_hook(pins, name, root.point, programs.loader(name))
-        return "connect+tc", f"cgroup v2 is mounted at {root.point}"
+                links.hold_connect_hook(pins, name, layout.point, programs.loader(name))
+        return "connect+tc", layout.reason
     for name in _CONNECT_HOOKS:
         path = pins.cgroup() / name
         for pin in (path, *pins.inherited(path)):
             pinned.drop(pin)
     if capture is Capture.TC:
         return "tc", "asked for"
-    return "tc", "no cgroup v2 is mounted: connect hooks have nothing to sit on"
+    return "tc", layout.reason

@@ -35,7 +35,7 @@ def command(session: Session, strict: bool) -> Exit:
     """
     require_root("check")
     # Only here: probing needs the data path, which no other client command touches.
-    from meshbpf.agent.datapath.features import probe
+    from meshbpf.agent.datapath.features import cgroup_reason, probe
 
     features = probe()
     agent, status = running_agent(session)
@@ -43,7 +43,7 @@ def command(session: Session, strict: bool) -> Exit:
         (
             kernel("kernel", (item for item in features if item.least_kernel is not None)),
             kernel("system", (item for item in features if item.least_kernel is None)),
-            Category(name="capture", findings=(capture(features, status),)),
+            Category(name="capture", findings=(capture(features, status, cgroup_reason()),)),
             settings(),
             agent,
         )
@@ -75,7 +75,7 @@ def _finding(feature: Feature) -> Finding:
     )
 
 
-def capture(features: Iterable[Feature], status: StatusResult | None) -> Finding:
+def capture(features: Iterable[Feature], status: StatusResult | None, cgroups: str = "") -> Finding:
     """How connections are captured: by the agent that runs, or as one would with `auto`."""
     if status is not None:
         now = status.capture
@@ -84,12 +84,14 @@ def capture(features: Iterable[Feature], status: StatusResult | None) -> Finding
         return Finding(
             name="in force",
             outcome="warning" if lost else "ok",
-            found=f"{now.in_force}, asked for {now.requested}",
+            found=f"{now.in_force}, asked for {now.requested}"
+            + (f": {now.reason}" if now.reason and now.requested == "auto" and not lost else ""),
             consequence=now.reason if lost else "",
         )
     missing = [item for item in features if item.name in _FOR_CONNECT and not item.supported]
     if not missing:
-        return Finding(name="--capture=auto", outcome="ok", found="would be connect+tc")
+        why = f": {cgroups}" if cgroups else ""
+        return Finding(name="--capture=auto", outcome="ok", found=f"would be connect+tc{why}")
     return Finding(
         name="--capture=auto",
         outcome="warning",

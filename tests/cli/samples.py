@@ -31,7 +31,9 @@ STATUS = api.StatusResult(
         services=2,
         policies=1,
     ),
-    capture=api.CaptureInfo(requested="auto", in_force="connect+tc", reason=""),
+    capture=api.CaptureInfo(
+        requested="auto", in_force="connect+tc", reason="cgroup v2 alone at /sys/fs/cgroup"
+    ),
     pods=api.PodCounts(attached=2, failed=0),
     heartbeat=api.HeartbeatInfo(beating=True, limit_s=0.5, lease_s=60.0, loop_lag_s=0.0031),
     connections=12,

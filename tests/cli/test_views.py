@@ -26,9 +26,6 @@ VIEWS: tuple[tuple[str, str, Result, tuple[str, ...]], ...] = (
     ("policies", "policies", samples.POLICIES, ("policies",)),
     ("policies-of-a-namespace", "policies", samples.POLICIES, ("policies", "-n", "default")),
     ("log", "log", samples.LOG, ("log",)),
-    ("policies", "policies", samples.POLICIES, ("policies",)),
-    ("policies-of-a-namespace", "policies", samples.POLICIES, ("policies", "-n", "default")),
-    ("log", "log", samples.LOG, ("log",)),
     ("certs", "certs", samples.CERTS, ("certs",)),
     ("connections", "connections", samples.CONNECTIONS, ("connections",)),
     ("connections-none", "connections", samples.NO_CONNECTIONS, ("connections",)),
@@ -81,7 +78,6 @@ def test_machine_output_of_status_is_an_interface(
     [
         ("workloads", samples.WORKLOADS),
         ("pods", samples.PODS),
-        ("policies", samples.POLICIES),
         ("policies", samples.POLICIES),
         ("status", samples.STATUS_NOT_READY),
     ],
@@ -169,18 +165,6 @@ def test_attach_needs_no_place_and_takes_three_kinds(
     (request,) = fake.requests
     given = {name: value for name, value in msgspec.structs.asdict(request).items() if value}
     assert given == {"pod": "default/web", **place}
-
-
-def test_log_passes_levels_on_and_says_how_long_they_last(agent: Any, invoke: Any) -> None:
-    fake = agent(log=samples.LOG_FOR_A_TIME)
-    done = invoke("log", "--level", "debug", "--level", "access=off", "--reset", "--for", "5m")
-    assert done.stderr == "the change is taken back in 5m\n"
-    (request,) = fake.requests
-    assert (request.level, request.reset, request.for_s) == ("debug,access=off", True, 300.0)
-
-
-def test_log_for_a_time_without_a_change_is_wrong_usage(invoke: Any) -> None:
-    assert "add --level or --reset" in str(invoke("log", "--for", "5m").exception)
 
 
 def test_log_passes_levels_on_and_says_how_long_they_last(agent: Any, invoke: Any) -> None:
