@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench fresh-test check protos clean
+.PHONY: help setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,18 @@ deb:  ## the Debian package, in dist/
 
 nspawn:  ## a node of the built package under systemd-nspawn
 	@$(PY) -m pytest -m "nspawn and not slow" tests/nspawn
+
+vagrant-up:  ## two node VMs with containerd pods and the package (vagrant/README.md)
+	@vagrant/up
+
+vagrant-scenarios:  ## the scenarios on the VMs that are up (SCENARIOS="demo kill")
+	@$(PY) -m vagrant.scenarios $(SCENARIOS)
+
+vagrant-down:  ## destroy the VMs
+	@vagrant/down
+
+vagrant-test:  ## box, two VMs, every scenario, summary, nothing left
+	@vagrant/test
 
 bench: setup  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by side
 	@$(PY) -m tests.bench

@@ -128,8 +128,12 @@ class Testbed:
     def find(cls) -> Self:
         """Those that `vagrant up` has left."""
         config = CACHE / "ssh-config"
-        argv = ["vagrant", "ssh-config"]
-        told = subprocess.run(argv, cwd=HERE, capture_output=True, text=True, timeout=120)
+        script = "cd vagrant; vagrant ssh-config"
+        if (CACHE / "box" / "stamp").exists():
+            script = f". vagrant/environment; {script}"
+        told = subprocess.run(
+            ["bash", "-c", script], cwd=HERE.parent, capture_output=True, text=True, timeout=120
+        )
         if told.returncode:
             raise ScenarioError(f"no nodes: `make vagrant-up` starts them\n{told.stderr.strip()}")
         kept = f"Host *\n  ControlMaster auto\n  ControlPersist 600\n  ControlPath {CACHE}/%n.ssh\n"
