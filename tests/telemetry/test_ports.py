@@ -40,7 +40,9 @@ def test_metrics_are_served_in_both_formats_by_accept_and_on_both_paths(web: Web
         )
         assert "# TYPE istio_tcp_connections_opened_total counter\n" in body
         assert not body.endswith("# EOF\n")
-        status, headers, body = web(1, 15020, path, accept="application/openmetrics-text;q=0.9")
+        status, headers, body = web(
+            1, 15020, path, headers={"Accept": "application/openmetrics-text;q=0.9"}
+        )
         assert headers["content-type"].startswith("application/openmetrics-text")
         assert "# TYPE istio_tcp_connections_opened counter\n" in body
         assert body.endswith("# EOF\n")
@@ -84,7 +86,7 @@ def test_both_loopback_addresses_answer_root_and_no_other_address_does(
 def test_a_page_of_another_site_is_refused_even_in_roots_browser(
     web: Web, headers: dict[str, str]
 ) -> None:
-    status, _, body = web(1, 15000, "/quitquitquit", "POST", **headers)
+    status, _, body = web(1, 15000, "/quitquitquit", "POST", headers=headers)
     assert status == 403
     assert "answered" in body or "not this agent" in body
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from tests.progs.program import run_inside
@@ -33,9 +34,9 @@ class Web:
         *,
         host: str = "127.0.0.1",
         user: int = 0,
-        **headers: str,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, dict[str, str], str]:
-        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = dict(headers or {})
         argv = ["/usr/bin/python3", "-c", HTTP, method, str(port), path, json.dumps(sent), host]
         if user:
             argv = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *argv]

@@ -6,6 +6,7 @@ from meshbpf.agent.core.address import SocketAddress
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.connections import Direction, LiveConnection, Transport
 
 MESH = """
@@ -67,13 +68,17 @@ policies:
 """
 
 SNAPSHOT = Snapshot.of(parse_local_xds(MESH, "mesh.yaml"), version=3)
-WEB = SNAPSHOT.workload("cluster1//v1/Pod/shop/web-0")
-DB = SNAPSHOT.workload("cluster1//v1/Pod/stock/db-0")
-BARE = SNAPSHOT.workload("cluster1//v1/Pod/stock/bare")
+
+
+def _workload(uid: str) -> Workload:
+    found = SNAPSHOT.workload(uid)
+    assert found is not None
+    return found
+
+
+WEB = _workload("cluster1//v1/Pod/shop/web-0")
+DB = _workload("cluster1//v1/Pod/stock/db-0")
 DB_SERVICE = SNAPSHOT.service("stock", "db.stock.svc.cluster.local")
-assert WEB is not None
-assert DB is not None
-assert BARE is not None
 assert DB_SERVICE is not None
 WEB_ID = SpiffeId("cluster.local", "shop", "web")
 

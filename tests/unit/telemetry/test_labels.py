@@ -138,7 +138,6 @@ def test_odd_baggage_says_nothing(text: str) -> None:
 def test_the_service_of_an_inbound_connection_is_guessed_as_ztunnel_does() -> None:
     db, service = samples.DB, samples.DB_SERVICE
     mesh = samples.SNAPSHOT
-    assert db is not None
     assert inbound_service(mesh, db, 15432, None, None) is service
     assert inbound_service(mesh, db, 1, "db.stock.svc.cluster.local", None) is service
     assert inbound_service(mesh, db, 1, "other.example", None) is None

@@ -6,13 +6,17 @@ import gc
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from meshbpf.agent.core.errors import ConfigError
-from meshbpf.agent.core.traffic import ResponseFlag
-from meshbpf.agent.runtime.exposition import Family, Kind, render, wants_openmetrics
+from meshbpf.agent.core.state import MeshState
+from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.traffic import Reporter, ResponseFlag
+from meshbpf.agent.runtime.exposition import Family, Kind, label_text, render, wants_openmetrics
+from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.traffic_metrics import TrafficMetrics, check_allowed
 from tests.unit.telemetry import samples
 
@@ -82,8 +86,6 @@ def test_a_failure_counts_as_closed_and_failed_under_its_flag_and_opened_without
 
 @pytest.mark.compat
 def test_open_sockets_go_up_and_down_by_reporter() -> None:
-    from meshbpf.agent.core.traffic import Reporter
-
     metrics = TrafficMetrics(Clock())
     for _ in range(3):
         metrics.socket_opened(Reporter.SOURCE)
@@ -150,8 +152,6 @@ def test_top_flows_count_live_bytes_too() -> None:
 
 
 def test_a_hostile_label_value_cannot_forge_a_sample() -> None:
-    from meshbpf.agent.runtime.exposition import label_text
-
     text = label_text(("a",), ('x"} 1\nforged 2\\',))
     assert text == '{a="x\\"} 1\\nforged 2\\\\"}'
 
@@ -196,3 +196,29 @@ def test_a_family_without_samples_still_says_what_it_is() -> None:
     family = Family("a", "what", Kind.COUNTER, ())
     assert render(family, openmetrics=False) == "# HELP a_total what.\n# TYPE a_total counter\n"
     assert render(family, openmetrics=True) == "# HELP a what.\n# TYPE a counter\n"
+
+
+async def test_a_series_stays_while_any_workload_of_the_mesh_has_its_labels() -> None:
+    clock = Clock()
+    telemetry = Telemetry(grace_s=10, monotonic=clock)
+    live = samples.outbound()
+    telemetry.opened(live)
+    telemetry.closed(live)
+    clock.now += 11
+    local = [samples.WEB]
+    assert await telemetry.expire(samples.SNAPSHOT, local) == 0
+    # A pod of the same deployment took its place.
+    later = replace(samples.DB, uid="other", name="db-1")
+    assert await telemetry.expire(Snapshot.of(MeshState((samples.WEB, later))), local) == 0
+    assert await telemetry.expire(Snapshot.of(MeshState((samples.WEB,))), local) == 1
+
+
+async def test_a_series_goes_when_its_local_workload_has_left_the_node() -> None:
+    clock = Clock()
+    telemetry = Telemetry(grace_s=10, monotonic=clock)
+    live = samples.inbound()
+    telemetry.opened(live)
+    telemetry.closed(live)
+    clock.now += 11
+    assert await telemetry.expire(samples.SNAPSHOT, [samples.DB]) == 0
+    assert await telemetry.expire(samples.SNAPSHOT, [samples.WEB]) == 1
