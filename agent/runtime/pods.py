@@ -218,7 +218,9 @@ class PodManager:
     async def lost(self, key: str, sandbox: str) -> None:
         """The runtime has no such sandbox any more: detach, and wait for the next of its name."""
         pod = self._pods.get(key)
-        if pod is not None and pod.attachment.sandbox == sandbox and not pod.waiting:
+        if pod is None or pod.waiting or not pod.attachment.by_name:
+            return
+        if pod.attachment.sandbox == sandbox:
             await self._bury(pod, "pod is not running any more")
 
     async def found(self, key: str, where: Located) -> None:

@@ -87,7 +87,13 @@ def test_attachments_outlive_a_containerd_that_restarts(
     assert bed.wait_state(bed.agents[1], a, "attached").sandbox == a.sandbox
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGTERM, id="stopped"),
+        pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow),
+    ],
+)
 def test_an_agent_that_restarts_finds_its_pods_whatever_became_of_them(
     bed: CriBed, a: Made, how: signal.Signals
 ) -> None:
