@@ -1,1 +1,1 @@
-"""The node agent: pure decisions, wire protocols, kernel data path, and the trio shell around them."""
+"""The node agent: pure decisions, wire protocols, kernel data path, and trio around them."""

@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import trio
-from meshbpf.agent.datapath.steering import Role
 
+from meshbpf.agent.datapath.steering import Role
 from meshbpf.agent.runtime.connections import ConnectionRegistry, ConnectionStatistics
 from meshbpf.agent.runtime.identity_source import Identities
 from meshbpf.agent.runtime.inbound import Inbound
