@@ -46,6 +46,18 @@ async def tell(notifier: Notifier, agent: Supervised) -> None:
     pause = STATUS_S
     if notifier.watchdog_s is not None:
         pause = min(STATUS_S, notifier.watchdog_s / TURNS_PER_WATCHDOG)
+    try:
+        await _keep_telling(notifier, agent, status, pause)
+    finally:
+        # Cancelled, the end has begun. At once and not in a thread: this is no
+        # place to wait for one.
+        try:
+            notifier.stopping("stopping")
+        except NotifyError as error:
+            log.error("service manager cannot be told", cause=error)
+
+
+async def _keep_telling(notifier: Notifier, agent: Supervised, status: str, pause_s: float) -> None:
     fed = True
     while True:
         healthy = notifier.watchdog_s is None or await _answers(agent)
@@ -58,7 +70,7 @@ async def tell(notifier: Notifier, agent: Supervised) -> None:
         if fresh != status:
             status = fresh
             await _send(partial(notifier.status, status))
-        await trio.sleep(pause)
+        await trio.sleep(pause_s)
 
 
 async def _answers(agent: Supervised) -> bool:

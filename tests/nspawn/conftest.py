@@ -43,8 +43,9 @@ def machine(tree: Path, packages: Path) -> Iterator[Node]:
 def node(machine: Node) -> Node:
     """The same with the service active and both pods attached, whatever a test before did."""
     drop_ins = machine.root / "etc/systemd/system/meshbpf.service.d"
-    for extra in drop_ins.glob("60-*.conf"):
+    for extra in drop_ins.glob("*.conf"):
         extra.unlink()
+    machine.write("/etc/meshbpf/config.yaml", fixture.CONFIG)
     fixture.write_mesh(machine)
     machine.systemctl("daemon-reload")
     machine.systemctl("reset-failed", "meshbpf.service")

@@ -26,13 +26,11 @@ PODS = (WEB, SHOP)
 GATEWAY = "198.18.0.1"
 START_LIMIT_S = 60.0
 
-# The node's name, its CA and the mesh are no part of the package.
-DROP_IN = f"""\
-[Service]
-ExecStartPre=
-ExecStart=
-ExecStart=/usr/bin/meshbpf run --node node1 --ca-dir /etc/meshbpf/ca \\
-    --local-xds /etc/meshbpf/mesh.yaml --exempt-port {EXEMPT}
+CONFIG = f"""\
+node: node1
+ca-dir: /etc/meshbpf/ca
+local-xds: /etc/meshbpf/mesh.yaml
+exempt-ports: [{EXEMPT}]
 """
 
 
@@ -50,7 +48,7 @@ def packages() -> Path:
     if given := os.environ.get("MESHBPF_PACKAGES"):
         return Path(given).resolve()
     digest = hashlib.sha256()
-    for name in ("meshbpf", "agent", "bpf", "cli", "packaging", "setup.cfg", "docs/service.md"):
+    for name in ("meshbpf", "agent", "bpf", "cli", "packaging", "setup.cfg", "docs"):
         place = ROOT / name
         for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             if path.is_file() and "__pycache__" not in path.parts:
@@ -71,16 +69,16 @@ def main() -> None:
 
 
 def install(node: Node) -> None:
-    """Install the package as a person does, and configure the agent by a drop-in."""
+    """Install the package as a person does."""
     node.shell(f"dpkg -i {PACKAGES}/meshbpf_*.deb")
 
 
 def configure(node: Node) -> None:
-    """A CA, a mesh state with both pods, and the unit told of them."""
+    """A CA, a mesh state with both pods, and the settings that name them."""
     node.run("meshbpf", "ca", "init", "/etc/meshbpf/ca")
     write_mesh(node)
-    node.write("/etc/systemd/system/meshbpf.service.d/50-node.conf", DROP_IN)
-    node.systemctl("daemon-reload")
+    node.write("/etc/meshbpf/config.yaml", CONFIG)
+    node.run("meshbpf", "config", "check")
 
 
 def write_mesh(node: Node) -> None:
@@ -96,6 +94,9 @@ def make_pods(node: Node) -> None:
             f"""
             ip netns add {pod.netns}
             ip link add {pod.veth} type veth peer name eth0 netns {pod.netns}
+            # No link-local addresses, which come a second later than everything else.
+            ip -n {pod.netns} link set eth0 addrgenmode none
+            ip link set {pod.veth} addrgenmode none
             ip -n {pod.netns} link set lo up
             ip -n {pod.netns} address add {pod.ipv4}/32 dev eth0
             ip -n {pod.netns} link set eth0 up

@@ -104,8 +104,6 @@ class Node:
             )
         self.leader = eventually("the node has a PID 1", self._find_leader, BOOT_LIMIT_S)
         eventually("systemd is up", self._is_up, BOOT_LIMIT_S)
-        # As PID 1 does on a machine that is not a container.
-        self.shell("mkdir -p /sys/fs/bpf; mount -t bpf -o mode=0700 bpf /sys/fs/bpf")
 
     def _command(self) -> list[str]:
         binds = [f"--bind-ro={ROOT / 'tests'}:{CHECKOUT}/tests"]

@@ -59,15 +59,17 @@ def test_a_restart_refuses_no_connection(node: Node) -> None:
     assert unconnected == []
     # Those that the old agent had accepted end with it, the others were served.
     cut = [one for one in report.attempts if one.error]
+    old_ended = int(node.property("InactiveEnterTimestampMonotonic")) / 1e6
     waited = [one for one in report.attempts if not one.error and one.began > began]
     print(f"{len(cut)} cut, longest wait {max(one.answered - one.began for one in waited):.2f} s")
-    assert all(began - 0.5 < one.began < began + 0.5 for one in cut), cut
+    assert [one for one in cut if one.began > old_ended] == []
+    assert any(old_ended < one.began < done for one in waited), "some came in between"
     assert len(waited) > 50
     assert len(report.streams) == STREAMS
-    assert all(stream.blocks > 5 for stream in report.streams)
+    assert all(stream.blocks for stream in report.streams)
     assert all(began < stream.ended < done + 0.5 for stream in report.streams)
     assert [stream.error for stream in report.direct if stream.error] == []
-    assert all(stream.blocks > 10 for stream in report.direct)
+    assert all(stream.blocks for stream in report.direct)
 
 
 def test_a_stop_applies_the_fail_mode_at_once(node: Node) -> None:
@@ -136,8 +138,17 @@ def test_the_watchdog_replaces_an_agent_that_hangs(node: Node) -> None:
     assert dial(node) == "ok"
 
 
-def test_a_wrong_configuration_is_not_tried_again(node: Node) -> None:
-    node.write("/etc/meshbpf/mesh.yaml", "workloads: [{}]\n")
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("mesh.yaml", "workloads: [{}]\n", "mesh.yaml:1"),
+        ("config.yaml", "lease: soon\n", "config.yaml:1: lease"),
+    ],
+)
+def test_a_wrong_configuration_is_not_tried_again(
+    node: Node, file: str, text: str, said: str
+) -> None:
+    node.write(f"/etc/meshbpf/{file}", text)
     node.systemctl("restart", "meshbpf.service", check=False)
     assert node.property("ActiveState") == "failed"
     assert node.property("ExecMainStatus") == "78"
@@ -145,7 +156,7 @@ def test_a_wrong_configuration_is_not_tried_again(node: Node) -> None:
     assert node.property("ActiveState") == "failed"
     assert node.property("NRestarts") == "0"
     assert node.property("NFileDescriptorStore") == "0"
-    assert "mesh.yaml:1" in node.journal()
+    assert said in node.journal()
     assert dial(node) == "ConnectionRefusedError"
 
 
