@@ -23,7 +23,6 @@ from tests.cli.fake_agent import FakeAgent
 from tests.cli.samples import NOW
 
 GOLDEN = Path(__file__).parent / "golden"
-NOBODY = 65534
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\dT.*\n", re.MULTILINE)
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes users: needs root")
 COMMAND = Path(sys.executable).with_name("meshbpf")
@@ -111,12 +110,3 @@ def fails(meshbpf: Any, golden: Any, tmp_path: Path) -> Any:
         golden(f"errors/{name}", f"$ meshbpf {' '.join(arguments)}\n{text}[exit {ran.status}]\n")
 
     return check
-
-
-@pytest.fixture
-def as_nobody() -> tuple[str, ...]:
-    """What to put before a command to run it without any right."""
-    prefix = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-    if subprocess.run([*prefix, COMMAND, "--version"], capture_output=True).returncode:
-        pytest.skip("the checkout is in a folder that other users may not enter")
-    return prefix

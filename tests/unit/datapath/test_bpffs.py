@@ -95,8 +95,8 @@ def test_ip_netns_exec_is_refused(netns: str) -> None:
 
 
 @pytest.mark.root
-def test_without_root_or_bpf_the_refusal_is_about_that() -> None:
-    nobody = _say("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+def test_without_root_or_bpf_the_refusal_is_about_that(as_nobody: tuple[str, ...]) -> None:
+    nobody = _say(*as_nobody)
     assert nobody.startswith("bpf-")
     assert "needs root" in nobody
     without = _say(sys.executable, "-m", "tests.progs.without_bpf")
