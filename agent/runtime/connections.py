@@ -123,6 +123,8 @@ class LiveConnection:
     """The same for metrics."""
     announced: bool = False
     """Telemetry knows of it."""
+    announced_labels: Labels | None = None
+    """What it was told: its end counts where its beginning did."""
     finished: bool = False
     """Both directions ended in order; anything else is reset."""
     denied: bool = False
@@ -145,8 +147,10 @@ class LiveConnection:
         return self.transport is Transport.HBONE
 
     def labels(self) -> Labels:
-        """The connection in the terms of Istio's metrics."""
-        return labels(
+        """The connection in the terms of Istio's metrics; as they were when it was announced."""
+        if self.announced_labels is not None:
+            return self.announced_labels
+        found = labels(
             self.reporter,
             source=self.source_workload,
             described=self.source_described,
@@ -155,6 +159,9 @@ class LiveConnection:
             service=self.destination_service,
             mutual_tls=self.mutual_tls,
         )
+        if self.announced:
+            self.announced_labels = found
+        return found
 
     def fail(self, error: BaseException) -> None:
         """Note why it ends, unless something else was to blame before."""

@@ -200,7 +200,8 @@ class TunnelStream:
             layout = SCRATCH.layout(tunnel.max_frame_bytes)
             limit = min(budget, layout.capacity)
             try:
-                size = app.recvmsg_into(layout.slots(limit))[0]
+                slots = layout.slots(limit)
+                size = app.recv_into(slots[0]) if len(slots) == 1 else app.recvmsg_into(slots)[0]
             except BlockingIOError:
                 self._readable = False
                 break

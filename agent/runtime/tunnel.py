@@ -39,6 +39,7 @@ from meshbpf.agent.wire.events import (
     StreamEnded,
     StreamReset,
 )
+from meshbpf.agent.wire.frames import HEADER_BYTES
 from meshbpf.agent.wire.hbone import HboneConnection
 from meshbpf.agent.wire.tls_channel import TlsChannel
 
@@ -195,12 +196,18 @@ class Tunnel:
         wire, stream_id = self._wire, stream.id
         if wire.out:
             self._encrypt_control()
-        self._channel.write(
-            layout.frame(
-                size,
-                lambda buffer, at, length: wire.write_data_header(buffer, at, stream_id, length),
+        if size <= layout.payload_bytes:
+            wire.write_data_header(layout.buffer, 0, stream_id, size)
+            self._channel.write(layout.view[: HEADER_BYTES + size])
+        else:
+            self._channel.write(
+                layout.frame(
+                    size,
+                    lambda buffer, at, length: wire.write_data_header(
+                        buffer, at, stream_id, length
+                    ),
+                )
             )
-        )
         if size > SMALL_BYTES:
             self._transmit()
         else:

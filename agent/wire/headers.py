@@ -88,8 +88,24 @@ def response(status: int, baggage: bytes | None = None) -> Headers:
     return (line,) if baggage is None else (line, (b"baggage", baggage))
 
 
+_BAGGAGE_KEPT = 1024
+_baggage: dict[int, tuple[Workload, bytes]] = {}
+"""By the workload's id(), which is its own as long as it is held here: hashing one is slow."""
+
+
 def baggage(workload: Workload) -> bytes:
     """Who a workload is, for the other side's telemetry. Never used for a decision."""
+    known = _baggage.get(id(workload))
+    if known is not None:
+        return known[1]
+    if len(_baggage) >= _BAGGAGE_KEPT:
+        _baggage.clear()
+    text = _spelled(workload)
+    _baggage[id(workload)] = (workload, text)
+    return text
+
+
+def _spelled(workload: Workload) -> bytes:
     locality = workload.locality
     members = (
         ("k8s.cluster.name", workload.cluster_id),
