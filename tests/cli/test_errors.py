@@ -17,8 +17,9 @@ import pytest
 from meshbpf.agent.api import CONTROL_SOCKET, ErrorBody
 from meshbpf.agent.core.errors import UnavailableError
 from tests.cli import samples
-from tests.cli.conftest import NOBODY, as_root
+from tests.cli.conftest import as_root
 from tests.cli.fake_agent import FakeAgent
+from tests.conftest import NOBODY
 
 USAGE = {
     "no-such-command": ("stauts",),
