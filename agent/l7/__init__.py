@@ -1,0 +1,1 @@
+"""The waypoint's decisions: routes, filters, policy. Pure, as `core` is."""
