@@ -35,7 +35,7 @@ def test_a_hook_that_is_not_overridden_is_not_called() -> None:
     chain = Chain.of([OnRequest(Phase.JWT), Filter()])
     assert len(chain.filters) == 2
     assert len(chain.request) == 1
-    assert not (chain.response or chain.connect or chain.end)
+    assert chain.response == chain.connect == chain.end == ()
 
 
 def test_responses_pass_the_filters_backwards() -> None:
