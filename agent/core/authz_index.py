@@ -223,12 +223,12 @@ def _port_test(values: Sequence[int]) -> Test:
 
 
 def _namespace_test(values: Sequence[StringMatch]) -> Test:
-    matches = _text_test(values)
+    matches = text_test(values)
     return lambda facts: matches(facts.namespace)
 
 
 def _principal_test(values: Sequence[StringMatch]) -> Test:
-    matches = _text_test(values)
+    matches = text_test(values)
     return lambda facts: facts.principal is not None and matches(facts.principal)
 
 
@@ -238,16 +238,17 @@ def _account_test(values: Sequence[ServiceAccountMatch]) -> Test:
 
 
 def _source_test(values: Sequence[IPNetwork]) -> Test:
-    holds = _address_test(values)
+    holds = address_test(values)
     return lambda facts: holds(facts.source)
 
 
 def _destination_test(values: Sequence[IPNetwork]) -> Test:
-    holds = _address_test(values)
+    holds = address_test(values)
     return lambda facts: holds(facts.destination)
 
 
-def _text_test(values: Sequence[StringMatch]) -> Callable[[str], bool]:
+def text_test(values: Sequence[StringMatch]) -> Callable[[str], bool]:
+    """Whether a text passes any of `values`."""
     exact = frozenset(v.value for v in values if v.kind is MatchKind.EXACT)
     if all(v.kind is MatchKind.EXACT for v in values):
         return exact.__contains__
@@ -266,7 +267,8 @@ def _text_test(values: Sequence[StringMatch]) -> Callable[[str], bool]:
     return test
 
 
-def _address_test(values: Sequence[IPNetwork]) -> Callable[[int], bool]:
+def address_test(values: Sequence[IPNetwork]) -> Callable[[int], bool]:
+    """Whether an address, as `address_bits`, is in any of `values`."""
     by_shift: dict[int, set[int]] = defaultdict(set)
     for network in values:
         shift, value = prefix_bits(network)

@@ -60,6 +60,4 @@ class Scope:
 
 
 FilterSource = Callable[[Scope], tuple[list[Filter], list[Problem]]]
-
-SOURCES: tuple[FilterSource, ...] = ()
-"""All of them. What order they stand in matters only within a phase."""
+"""All of them stand in registry.py."""

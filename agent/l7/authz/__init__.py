@@ -1,0 +1,1 @@
+"""AuthorizationPolicy as a waypoint enforces it."""

@@ -1,0 +1,39 @@
+"""From the objects to the authorization filters of a destination.
+
+A bad policy fails closed where it says that it applies (parse.py); one whose
+targetRefs cannot be read applies nowhere, and its Problem is all there is.
+"""
+
+from __future__ import annotations
+
+from meshbpf.agent.l7.attachment import applies
+from meshbpf.agent.l7.authz.filter import AuthorizationFilter
+from meshbpf.agent.l7.authz.parse import GROUP, KIND, read_policy
+from meshbpf.agent.l7.authz.policy import Action, HttpPolicy
+from meshbpf.agent.l7.filter import Filter
+from meshbpf.agent.l7.problem import Problem
+from meshbpf.agent.l7.sources import Scope
+
+
+def authorization(scope: Scope) -> tuple[list[Filter], list[Problem]]:
+    """The filters of all AuthorizationPolicies at a destination."""
+    policies, problems = policies_at(scope)
+    filters: list[Filter] = []
+    if plain := [policy for policy in policies if policy.action is not Action.CUSTOM]:
+        filters.append(AuthorizationFilter(plain))
+    return filters, problems
+
+
+def policies_at(scope: Scope) -> tuple[list[HttpPolicy], list[Problem]]:
+    """The policies that hold at a destination, and what is wrong with any of the objects."""
+    policies: list[HttpPolicy] = []
+    problems: list[Problem] = []
+    for each in scope.objects.of_kind(GROUP, KIND):
+        policy, error = read_policy(each)
+        if error is not None:
+            problems.append(error.problem(each))
+        if applies(scope, policy.key, policy.targets):
+            policies.append(policy)
+    # The order of evaluation must not depend on the order in which a cluster lists.
+    policies.sort(key=lambda policy: (policy.key.namespace, policy.key.name))
+    return policies, problems

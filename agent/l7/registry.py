@@ -1,0 +1,8 @@
+"""All sources of filters. What order they stand in matters only within a phase."""
+
+from __future__ import annotations
+
+from meshbpf.agent.l7.authz.source import authorization
+from meshbpf.agent.l7.sources import FilterSource
+
+SOURCES: tuple[FilterSource, ...] = (authorization,)
