@@ -14,6 +14,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from itertools import accumulate
 
 from meshbpf.agent.core.service import (
@@ -27,6 +28,17 @@ from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import Workload
 
 _NO_PREFERENCE = LoadBalancing()
+
+
+class Purpose(Enum):
+    """What an endpoint is wanted for."""
+
+    APP = auto()
+    WAYPOINT = auto()
+    """May take a port that its service does not list, when it has an application tunnel."""
+    GATEWAY = auto()
+    """Is dialed across networks: it is where one network can be reached from the others."""
+
 
 # Services times ports times places of local pods; past this the memo starts
 # over, since a scan over many ports of many services must not grow memory.
@@ -52,20 +64,16 @@ def pick_endpoint(
     port: int,
     rng: random.Random,
     *,
-    as_waypoint: bool = False,
+    purpose: Purpose = Purpose.APP,
 ) -> Endpoint | None:
-    """An endpoint of `service` for its `port`, or None when none will do.
-
-    `as_waypoint`: the service is a waypoint, whose endpoints may take a port
-    that the service does not list when they have an application tunnel.
-    """
+    """An endpoint of `service` for its `port`, or None when none will do."""
     balancing = service.load_balancing or _NO_PREFERENCE
     place = (
         (source.network, source.locality, source.node, source.cluster_id)
         if balancing.routing_preference
         else (source.network,)
     )
-    key = ("balance", service.namespace, service.hostname, port, as_waypoint, place)
+    key = ("balance", service.namespace, service.hostname, port, purpose, place)
     memo = mesh.memo
     candidates: _Candidates | None = memo.get(key)
     if candidates is None:
@@ -74,8 +82,8 @@ def pick_endpoint(
         usable = [
             endpoint
             for endpoint in mesh.endpoints(service)
-            if _reachable(endpoint.workload, source)
-            and _serves(endpoint, service, port, as_waypoint)
+            if _reachable(endpoint.workload, source, purpose)
+            and _serves(endpoint, service, port, purpose)
         ]
         chosen = _narrow(balancing, source, usable)
         candidates = _Candidates(
@@ -94,15 +102,15 @@ def target_port(endpoint: Endpoint, service: Service, port: int) -> int | None:
     return port if tunnel is not None and tunnel.port is not None else None
 
 
-def _reachable(workload: Workload, source: Workload) -> bool:
-    if workload.network != source.network:
+def _reachable(workload: Workload, source: Workload, purpose: Purpose) -> bool:
+    if workload.network != source.network and purpose is not Purpose.GATEWAY:
         return workload.network_gateway is not None
     return bool(workload.addresses or workload.hostname)
 
 
-def _serves(endpoint: Endpoint, service: Service, port: int, as_waypoint: bool) -> bool:
+def _serves(endpoint: Endpoint, service: Service, port: int, purpose: Purpose) -> bool:
     target = service.ports.get(port)
-    if as_waypoint:
+    if purpose is Purpose.WAYPOINT:
         return target is not None or endpoint.workload.application_tunnel is not None
     # Target 0 is a named port: each endpoint says what it means there.
     return target is not None and (target != 0 or port in endpoint.ports)

@@ -69,6 +69,7 @@ def check_together(
                     f"policy {name} has another scope than WorkloadSelector"
                 )
         check_gateway(workload.waypoint, field, "waypoint", "destination")
+        check_gateway(workload.network_gateway, field, "networkGateway", "destination")
     for service, field in services:
         for endpoint in service.endpoints:
             if endpoint.workload_uid not in uids:

@@ -28,18 +28,21 @@ from meshbpf.agent.core.workload import (
     DEFAULT_CLUSTER,
     DEFAULT_SERVICE_ACCOUNT,
     HBONE_PORT,
+    ApplicationTunnel,
     GatewayAddress,
     HealthStatus,
     Locality,
     NamespacedHostname,
     NetworkAddress,
     NetworkMode,
+    TunnelFraming,
     TunnelProtocol,
     Workload,
 )
 
 _PROTOCOLS = {"TCP": TunnelProtocol.NONE, "HBONE": TunnelProtocol.HBONE}
 _NETWORK_MODES = {"Standard": NetworkMode.STANDARD, "HostNetwork": NetworkMode.HOST_NETWORK}
+_FRAMINGS = {"NONE": TunnelFraming.NONE, "PROXY": TunnelFraming.PROXY}
 _STATUSES = {"Healthy": HealthStatus.HEALTHY, "Unhealthy": HealthStatus.UNHEALTHY}
 _MODES = {
     "Standard": LoadBalancerMode.UNSPECIFIED,
@@ -109,9 +112,6 @@ E = TypeVar("E")
 def read_workload(field: Field) -> Workload:
     """One item of `workloads`."""
     fields = field.record(_WORKLOAD_KEYS)
-    for key in ("networkGateway", "applicationTunnel"):
-        if key in fields and not fields[key].is_null:
-            raise fields[key].error("not supported yet")
 
     def text(key: str, default: str = "") -> str:
         found = fields.get(key)
@@ -128,11 +128,7 @@ def read_workload(field: Field) -> Workload:
         if not name:
             raise field.error("uid is missing, and there is no name to make one of")
         uid = f"{cluster}//Pod/{namespace}/{name}"  # as istiod forms it
-    ips = field.need(fields, "workloadIps")
-    addresses = tuple(item.ip() for item in ips.items())
-    hostname = text("hostname")
-    if hostname and not addresses:
-        raise ips.error("finding a workload's address by its hostname is not supported yet")
+    addresses = tuple(item.ip() for item in field.need(fields, "workloadIps").items())
     policies = fields.get("authorizationPolicies")
     services = fields.get("services")
     capacity = fields.get("capacity")
@@ -158,8 +154,10 @@ def read_workload(field: Field) -> Workload:
         else tuple(_policy_key(item) for item in policies.items()),
         status=_choice(fields, "status", _STATUSES, HealthStatus.HEALTHY),
         cluster_id=cluster,
-        hostname=hostname,
+        network_gateway=_gateway(fields.get("networkGateway")),
+        hostname=text("hostname"),
         services={} if services is None else _services(services),
+        application_tunnel=_tunnel(fields.get("applicationTunnel")),
         locality=_locality(fields.get("locality")),
         network_mode=_choice(fields, "networkMode", _NETWORK_MODES, NetworkMode.STANDARD),
         capacity=1 if capacity is None else capacity.integer(0, _U32),
@@ -244,6 +242,17 @@ def _gateway(field: Field | None) -> GatewayAddress | None:
         destination = NamespacedHostname(namespace, hostname)
     port = fields.get("hboneMtlsPort")
     return GatewayAddress(destination, HBONE_PORT if port is None else port.port())
+
+
+def _tunnel(field: Field | None) -> ApplicationTunnel | None:
+    if field is None or field.is_null:
+        return None
+    fields = field.record(("protocol", "port"))
+    port = fields.get("port")
+    return ApplicationTunnel(
+        field.need(fields, "protocol").choice(_FRAMINGS),
+        None if port is None or port.is_null else port.port(),
+    )
 
 
 def _weighted(field: Field) -> WeightedWaypoint:

@@ -3,24 +3,29 @@
 Pure: takes a snapshot and returns a route. The outbound order is that of
 Istio's ztunnel: a service's waypoint, then an endpoint of the service, then
 the addressed workload (through its waypoint, if it has one), then straight
-through. A destination on the same node is tunnelled like any other. What
-differs: a waypoint's own connections never go to itself, and an endpoint of
-another network that has no gateway is never picked.
+through. An endpoint or waypoint on another network is reached through that
+network's gateway. A destination on the same node is tunnelled like any other.
+What differs: a waypoint's own connections never go to a waypoint of the same
+service again, and an endpoint of another network that has no gateway is never
+picked.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from ipaddress import IPv6Address
 
 from meshbpf.agent.core.address import AddressError, IPAddress, SocketAddress, address_bits
-from meshbpf.agent.core.authority import parse_authority
+from meshbpf.agent.core.authority import Authority, HostPort, parse_authority
 from meshbpf.agent.core.balance import pick_endpoint, target_port
 from meshbpf.agent.core.route import (
     INTERNAL_PORTS,
+    NO_NAMES,
     HboneRoute,
     InboundRoute,
+    Lookup,
+    Names,
     PlainRoute,
     Refused,
     Route,
@@ -29,13 +34,21 @@ from meshbpf.agent.core.route import (
 from meshbpf.agent.core.service import LoadBalancerMode, Service
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.waypoint import (
-    Waypoint,
+    across,
+    all_waypoints,
     expected_identities,
-    find_waypoint,
     is_waypoint,
     service_waypoint,
+    through_waypoint,
 )
-from meshbpf.agent.core.workload import HBONE_PORT, GatewayAddress, TunnelProtocol, Workload
+from meshbpf.agent.core.workload import (
+    HBONE_PORT,
+    ApplicationTunnel,
+    GatewayAddress,
+    TunnelFraming,
+    TunnelProtocol,
+    Workload,
+)
 
 __all__ = [
     "INTERNAL_PORTS",
@@ -59,28 +72,32 @@ def outbound(
     target: SocketAddress,
     *,
     rng: random.Random,
+    names: Names = NO_NAMES,
     internal_ports: Collection[int] = INTERNAL_PORTS,
 ) -> Route:
     """Where the connection goes that `source` opened to `target`.
 
-    `rng` draws the endpoint and the waypoint. Loopback is refused: steering
-    leaves real loopback traffic alone, so such a target means that somebody
-    dialed a listener of ours by its own port.
+    `rng` draws the endpoint and the waypoint. `names` are hostnames that were
+    looked up, for the sake of workloads that have no address but a name: see
+    `Refused.unresolved`. Loopback is refused: steering leaves real loopback
+    traffic alone, so such a target means that somebody dialed a listener of
+    ours by its own port.
     """
     ip = target.ip
     bits = address_bits(ip)
     if bits >> 24 == _LOOPBACK_V4 or bits == _LOOPBACK_V6 or ip.is_unspecified:
         return Refused(f"{target} is this host itself", "loopback")
+    lookup = Lookup(names, rng)
     workload = mesh.workload_at(source.network, ip)
     service = mesh.service_at(source.network, ip, source.namespace)
 
     # A service counts as addressed only where no workload has the address.
     addressed = service if workload is None else None
-    if addressed is not None:
+    if addressed is not None and (addressed.waypoint or addressed.weighted_waypoints):
         gateway = service_waypoint(addressed, rng)
-        if gateway is not None and not is_waypoint(mesh, source, gateway):
-            # The VIP stays the authority: the waypoint, not we, picks the endpoint.
-            return _through(find_waypoint(mesh, source, gateway, target, rng), addressed, target)
+        # With several, they must not send it to one another for ever.
+        if gateway is not None and not _from_waypoint(mesh, source, all_waypoints(addressed)):
+            return through_waypoint(mesh, source, gateway, addressed, target, lookup)
 
     port = target.port
     if service is not None:
@@ -96,12 +113,12 @@ def outbound(
         return PlainRoute(target, None, None)
 
     if workload.network != source.network:
-        return Refused(f"{workload} is on network {workload.network!r}", "other-network")
+        return across(mesh, source, workload, service, addressed, target, lookup)
     if addressed is None and workload.waypoint is not None:
         gateway = workload.waypoint
         if not is_waypoint(mesh, source, gateway):
-            return _through(find_waypoint(mesh, source, gateway, target, rng), service, target)
-    return _direct(workload, service, ip, port, internal_ports)
+            return through_waypoint(mesh, source, gateway, service, target, lookup)
+    return _direct(workload, service, ip, port, internal_ports, lookup)
 
 
 def inbound_hbone(
@@ -117,20 +134,20 @@ def inbound_hbone(
 
     Always in the pod itself. `arrived_at` is the pod's address that the
     tunnel was made to; it is dialed when the authority is a hostname or, for
-    a waypoint without a tunnel of its own, an address that it stands for.
+    a waypoint, an address that it stands for. A pod with an application
+    tunnel may be asked for any address: its app gets to know which one.
     """
     try:
         wanted = parse_authority(authority)
     except AddressError as error:
         return Refused(error.what, "bad-authority", 400)
-    if local.application_tunnel is not None:
-        return Refused("application tunnels are not supported", "application-tunnel")
+    tunnel = local.application_tunnel
     ip = arrived_at if arrived_at is not None else _first_local(local, local_addresses)
     service: Service | None
     if isinstance(wanted, SocketAddress):
         if wanted.ip in local_addresses:
             ip = wanted.ip
-        elif not _stands_for(mesh, local, wanted.ip):
+        elif tunnel is None and not _stands_for(mesh, local, wanted.ip):
             return Refused(f"{wanted.ip} is not an address of this pod", "wrong-destination", 400)
         port = wanted.port
         service = _meant_service(mesh, local, port)
@@ -144,7 +161,10 @@ def inbound_hbone(
         port = found
     if ip is None:
         return Refused("the pod has no address to dial", "no-address")
-    return _to_app(SocketAddress(ip, port), service, internal_ports)
+    route = _to_app(SocketAddress(ip, port), service, internal_ports)
+    if tunnel is None or isinstance(route, Refused):
+        return route
+    return _to_tunnel(tunnel, route, local, wanted, service)
 
 
 def inbound_plain(
@@ -164,10 +184,11 @@ def _direct(
     wanted: IPAddress,
     port: int,
     internal_ports: Collection[int],
+    lookup: Lookup,
 ) -> Route:
-    ip = select_ip(workload, wanted, service)
-    if ip is None:
-        return Refused(f"{workload} has no address of a usable family", "no-address")
+    ip = select_ip(workload, wanted, service, lookup)
+    if isinstance(ip, Refused):
+        return ip
     address = SocketAddress(ip, port)
     if workload.tunnel_protocol is TunnelProtocol.NONE:
         return PlainRoute(address, workload, service)
@@ -184,14 +205,8 @@ def _direct(
     )
 
 
-def _through(
-    waypoint: Waypoint | Refused, service: Service | None, target: SocketAddress
-) -> HboneRoute | Refused:
-    if isinstance(waypoint, Refused):
-        return waypoint
-    return HboneRoute(
-        waypoint.address, str(target), waypoint.expected, waypoint.workload, service, target
-    )
+def _from_waypoint(mesh: Snapshot, source: Workload, gateways: Iterable[GatewayAddress]) -> bool:
+    return any(is_waypoint(mesh, source, gateway) for gateway in gateways)
 
 
 def _no_endpoint(service: Service, port: int) -> Refused:
@@ -215,18 +230,42 @@ def _first_local(local: Workload, addresses: Collection[IPAddress]) -> IPAddress
     return next((ip for ip in local.addresses if ip in addresses), None)
 
 
+def _to_tunnel(
+    tunnel: ApplicationTunnel,
+    route: InboundRoute,
+    local: Workload,
+    wanted: Authority,
+    service: Service | None,
+) -> InboundRoute | Refused:
+    target = SocketAddress(route.target.ip, tunnel.port or route.target.port)
+    if tunnel.protocol is TunnelFraming.NONE:
+        return InboundRoute(target, route.service)
+    if isinstance(wanted, HostPort):
+        # The header has room for addresses only.
+        vip = None if service is None else _shown_address(service, local.network)
+        if vip is None:
+            return Refused(f"service {service} has no address for a PROXY header", "no-address")
+        wanted = SocketAddress(vip, wanted.port)
+    return InboundRoute(target, route.service, proxied=wanted)
+
+
+def _shown_address(service: Service, network: str) -> IPAddress | None:
+    """Which of a service's addresses stands for its name: our network's, IPv4 if there is one."""
+    best, rank = None, -1
+    for address in service.addresses:
+        found = 0 if address.network != network else 2 if address.ip.version == 4 else 1
+        if found >= rank:  # ztunnel takes the last of equals
+            best, rank = address.ip, found
+    return best
+
+
 def _stands_for(mesh: Snapshot, local: Workload, ip: IPAddress) -> bool:
     """Whether `local` is the waypoint of what has this address."""
-    gateways: list[GatewayAddress | None]
     workload = mesh.workload_at(local.network, ip)
     if workload is not None:
-        gateways = [workload.waypoint]
-    else:
-        service = mesh.service_at(local.network, ip, None)
-        if service is None:
-            return False
-        gateways = [service.waypoint, *(each.destination for each in service.weighted_waypoints)]
-    return any(g is not None and is_waypoint(mesh, local, g) for g in gateways)
+        return workload.waypoint is not None and is_waypoint(mesh, local, workload.waypoint)
+    service = mesh.service_at(local.network, ip, None)
+    return service is not None and _from_waypoint(mesh, local, all_waypoints(service))
 
 
 def _own_port(local: Workload, service: Service, port: int) -> int | None:

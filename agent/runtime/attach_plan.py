@@ -65,6 +65,7 @@ def plan(
 ) -> Attachment:
     """The attachment that `request` asks for; AttachError or ConfigError say why not."""
     name = PodName.parse(request.pod)
+    _refuse_native(name, settings, mesh)
     exempt = settings.exempt
     ports = exempt.ports
     if request.exempt_ports is not None:
@@ -98,6 +99,7 @@ def next_life(
     last: Attachment, where: Located, settings: Settings, mesh: Snapshot, now: datetime
 ) -> Attachment:
     """The attachment of a pod that was recreated under the name of `last`; AttachError if not."""
+    _refuse_native(last.name, settings, mesh)
     asked = last.service_account if last.account_given else None
     return msgspec.structs.replace(
         last,
@@ -213,6 +215,16 @@ def _of_addresses(
 
 def _listed(addresses: Iterable[IPAddress]) -> str:
     return ", ".join(sorted(map(str, addresses))) or "no address"
+
+
+def _refuse_native(name: PodName, settings: Settings, mesh: Snapshot) -> None:
+    """Two proxies in one pod would both want port 15008, and tunnel each other's tunnels."""
+    if any(workload.native_tunnel for workload in candidates(name, settings, mesh)):
+        raise AttachError(
+            "native-tunnel",
+            f"pod {name} has a sidecar that speaks HBONE itself (nativeTunnel)",
+            "it is in the mesh as it is; remove the sidecar to have the node agent carry it",
+        )
 
 
 def candidates(name: PodName, settings: Settings, mesh: Snapshot) -> tuple[Workload, ...]:

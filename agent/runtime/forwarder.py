@@ -19,6 +19,7 @@ import trio
 
 from meshbpf.agent.datapath.steering import Role
 from meshbpf.agent.runtime.connections import ConnectionRegistry, ConnectionStatistics
+from meshbpf.agent.runtime.hostnames import Hostnames
 from meshbpf.agent.runtime.identity_source import Identities
 from meshbpf.agent.runtime.inbound import Inbound
 from meshbpf.agent.runtime.local_pod import LocalPod
@@ -84,6 +85,7 @@ class Forwarder:
         self._identities = identities
         self._connections = connections
         self._rng = rng or random.Random()  # noqa: S311 - it picks endpoints, no secrets
+        self._hostnames = Hostnames()
         self._pods: dict[str, LocalPod] = {}
         self._accept_failures = 0
 
@@ -95,7 +97,13 @@ class Forwarder:
         try:
             async with trio.open_nursery() as nursery:
                 outbound = Outbound(
-                    pod, self._mesh, self._identities, self._connections, nursery, self._rng
+                    pod,
+                    self._mesh,
+                    self._identities,
+                    self._connections,
+                    nursery,
+                    self._rng,
+                    self._hostnames.addresses,
                 )
                 inbound = Inbound(pod, self._mesh, self._identities, self._connections, nursery)
                 handlers = {

@@ -44,7 +44,7 @@ from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tasks import guarded
 from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.tunnel import Tunnel
-from meshbpf.agent.wire import headers
+from meshbpf.agent.wire import headers, proxy_v2
 from meshbpf.agent.wire.events import RequestReceived
 from meshbpf.agent.wire.tls import Expectation
 
@@ -152,11 +152,12 @@ class Inbound:
             live.tunnel_address = listener
             live.source_described = parse_baggage(headers.text(request.headers, b"baggage"))
             host = headers.forwarded_host(request.headers)
-            self._describe(live, mesh, workload, route, host)
+            near = not headers.came_through_gateway(request.headers, workload.network)
+            self._describe(live, mesh, workload, route, host, near=near)
             stream.bind(live.scope, taken_from_app=live.received, sent_to_app=live.sent)
             try:
                 with live.scope:
-                    await self._carry_stream(live, tunnel, stream, workload, route.target)
+                    await self._carry_stream(live, tunnel, stream, workload, route)
             finally:
                 if stream.failure:
                     live.error = live.error or stream.failure
@@ -183,10 +184,10 @@ class Inbound:
         tunnel: Tunnel,
         stream: TunnelStream,
         workload: Workload,
-        target: SocketAddress,
+        route: InboundRoute,
     ) -> None:
         try:
-            app = await self._admit(live, target)
+            app = await self._admit(live, route)
         except DeniedError as error:
             live.fail(error)
             tunnel.respond(stream, headers.response(401), end_stream=True)
@@ -232,7 +233,7 @@ class Inbound:
                 self._describe(live, mesh, workload, route, None)
                 try:
                     with live.scope:
-                        await self._carry_plain(client, live, route.target)
+                        await self._carry_plain(client, live, route)
                 except (MeshbpfError, OSError) as error:
                     live.fail(error)
                     raise
@@ -242,9 +243,9 @@ class Inbound:
             telemetry.traffic.socket_closed(Reporter.DESTINATION)
 
     async def _carry_plain(
-        self, client: socket.socket, live: LiveConnection, target: SocketAddress
+        self, client: socket.socket, live: LiveConnection, route: InboundRoute
     ) -> None:
-        app = await self._admit(live, target)
+        app = await self._admit(live, route)
         try:
             await splice_both(client, app, live.sent, live.received)
             live.finished = True
@@ -260,9 +261,13 @@ class Inbound:
         workload: Workload,
         route: InboundRoute,
         host: str | None,
+        *,
+        near: bool = True,
     ) -> None:
+        """Note both ends. One that is not `near` has a gateway's address, which says nothing."""
         live.destination_workload = workload
-        live.source_workload = mesh.workload_at(workload.network, live.source.ip)
+        if near:
+            live.source_workload = mesh.workload_at(workload.network, live.source.ip)
         live.service = "" if route.service is None else str(route.service.key)
         live.destination_service = inbound_service(
             mesh, workload, route.target.port, host, route.service
@@ -270,11 +275,12 @@ class Inbound:
         live.target = route.target
         self._connections.announce(live)
 
-    async def _admit(self, live: LiveConnection, target: SocketAddress) -> socket.socket:
+    async def _admit(self, live: LiveConnection, route: InboundRoute) -> socket.socket:
         """Ask policy, then dial the app from the client's address.
 
         Raises DeniedError, DialError or OSError.
         """
+        target, dialed = route.target, route.dialed
         # From here on a new state rechecks this connection, so whichever of
         # the two comes last, the connection is judged by the newest state.
         live.facts = ConnectionFacts(
@@ -289,17 +295,26 @@ class Inbound:
         if not decision.allowed:
             self._connections.refused()
             raise DeniedError("policy-denied", f"{live.source} to {target}: {decision.reason}")
-        app = self._pod.sockets.to_app(family_of(target.ip), self._client_for(live.source, target))
+        client = self._client_for(live.source, dialed)
+        app = self._pod.sockets.to_app(family_of(dialed.ip), client)
         try:
-            await connect(app, target)
+            await connect(app, dialed)
+            if route.proxied is not None:
+                # An empty socket's buffer has room for it; if not, the app is not usable.
+                app.send(proxy_v2.header(live.source, route.proxied, live.source_identity))
         except BaseException:
             app.close()
             raise
-        live.opened(target)
+        live.opened(dialed)
         return app
 
-    def _client_for(self, source: SocketAddress, target: SocketAddress) -> IPAddress | None:
-        """The address to dial the app from: the client's, unless it is the pod's own."""
-        if source.ip in self._pod.addresses or source.ip.version != target.ip.version:
+    def _client_for(self, source: SocketAddress, dialed: SocketAddress) -> IPAddress | None:
+        """The address to dial the app from: the client's, unless it is the pod's own.
+
+        Over loopback it is loopback's: the answer to any other would leave the pod.
+        """
+        if source.ip in self._pod.addresses or source.ip.version != dialed.ip.version:
+            return None
+        if dialed.ip.is_loopback:
             return None
         return source.ip

@@ -10,13 +10,14 @@ import logging
 import random
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
 from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.errors import MeshbpfError
-from meshbpf.agent.core.route import HboneRoute, PlainRoute, Refused
+from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.route import HboneRoute, PlainRoute, Refused, Route
 from meshbpf.agent.core.routing import outbound
 from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.traffic import Reporter
@@ -29,9 +30,11 @@ from meshbpf.agent.runtime.connections import (
 )
 from meshbpf.agent.runtime.doubt import wait_answer
 from meshbpf.agent.runtime.handshake import shake_hands
+from meshbpf.agent.runtime.hostnames import Resolve
 from meshbpf.agent.runtime.identity_source import Identities
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.mesh_view import MeshView, local_workload
+from meshbpf.agent.runtime.nested import tunnel_within
 from meshbpf.agent.runtime.pool import PoolKey
 from meshbpf.agent.runtime.sockets import (
     DialError,
@@ -42,10 +45,12 @@ from meshbpf.agent.runtime.sockets import (
     peer_address,
 )
 from meshbpf.agent.runtime.splice import splice_both
+from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tasks import guarded
 from meshbpf.agent.runtime.tunnel import Tunnel
 from meshbpf.agent.wire import headers
 from meshbpf.agent.wire.errors import WireError
+from meshbpf.agent.wire.events import Headers, ResponseReceived
 from meshbpf.agent.wire.tls import Expectation
 
 log = logging.getLogger(__name__)
@@ -67,6 +72,7 @@ class Outbound:
         connections: ConnectionRegistry,
         nursery: trio.Nursery,
         rng: random.Random,
+        resolve: Resolve,
     ) -> None:
         self._pod = pod
         self._mesh = mesh
@@ -74,6 +80,7 @@ class Outbound:
         self._connections = connections
         self._nursery = nursery
         self._rng = rng
+        self._resolve = resolve
 
     async def serve(self, app: socket.socket) -> None:
         """Carry one accepted connection to its end, and close it."""
@@ -88,7 +95,7 @@ class Outbound:
                 raise DialError("not-captured", f"{source} dialed the outbound listener itself")
             try:
                 workload = await local_workload(self._pod, self._mesh)
-                route = outbound(self._mesh(), workload, target, rng=self._rng)
+                route = await self._route(workload, target)
                 if isinstance(route, Refused):
                     raise DialError(route.code, f"{source} to {target}: {route.reason}")
             except MeshbpfError as error:
@@ -109,6 +116,15 @@ class Outbound:
         finally:
             hang_up(app, finished=finished)
             traffic.socket_closed(Reporter.SOURCE)
+
+    async def _route(self, workload: Workload, target: SocketAddress) -> Route:
+        """Decide; where a workload on the way has but a hostname, look that up and ask again."""
+        names: dict[str, Sequence[IPAddress]] = {}
+        while True:
+            route = outbound(self._mesh(), workload, target, rng=self._rng, names=names)
+            if not (isinstance(route, Refused) and route.unresolved):
+                return route
+            names[route.unresolved] = await self._resolve(route.unresolved)
 
     async def _carry(
         self,
@@ -143,13 +159,25 @@ class Outbound:
     async def _hbone(
         self, app: socket.socket, live: LiveConnection, workload: Workload, route: HboneRoute
     ) -> None:
-        request = headers.connect_request(
-            route.authority,
-            headers.baggage(workload),
-            live.source,
-            route.service.hostname if route.service is not None else None,
-            headers.traceparent(secrets.token_bytes(24)),
-        )
+        stream = await self._ask(live, workload, route)
+        try:
+            if route.inner is not None:
+                stream = await self._ask_within(stream, live, workload, route, route.inner)
+            stream.bind(live.scope, taken_from_app=live.sent, sent_to_app=live.received)
+            live.destination_identity = stream.tunnel.peer
+            live.opened(route.gateway)
+            await stream.relay(app)
+            live.finished = True
+        finally:
+            if stream.failure:
+                live.error = live.error or stream.failure
+            stream.abandon()
+
+    async def _ask(
+        self, live: LiveConnection, workload: Workload, route: HboneRoute
+    ) -> TunnelStream:
+        """A stream of a pooled tunnel that was answered 200."""
+        request = self._request(live, workload, route)
         source = self._source_for(live.source.ip, route.gateway.ip)
         key = PoolKey(workload.identity, route.expected, route.gateway, source)
 
@@ -169,21 +197,49 @@ class Outbound:
                 stream.abandon()
                 stream = await self._pod.pool.open(key, dial, request)
                 answer = await wait_answer(stream, trial)
-            if answer is None:
-                raise WireError("stream-failed", f"{route.gateway}: {stream.failure}")
-            if answer.status != 200:
-                raise WireError(
-                    f"status-{answer.status}", f"{route.gateway} answered {answer.status}"
-                )
-            stream.bind(live.scope, taken_from_app=live.sent, sent_to_app=live.received)
-            live.destination_identity = stream.tunnel.peer
-            live.opened(route.gateway)
-            await stream.relay(app)
-            live.finished = True
-        finally:
-            if stream.failure:
-                live.error = live.error or stream.failure
+            _expect_200(answer, stream, str(route.gateway))
+        except BaseException:
+            live.error = live.error or stream.failure
             stream.abandon()
+            raise
+        return stream
+
+    async def _ask_within(
+        self,
+        outer: TunnelStream,
+        live: LiveConnection,
+        workload: Workload,
+        route: HboneRoute,
+        allowed: frozenset[SpiffeId],
+    ) -> TunnelStream:
+        """The same of a tunnel of its own inside `outer`, to an endpoint behind the gateway."""
+        tls = await self._identities.tls(workload.identity)
+        tunnel = await tunnel_within(outer, tls.client, allowed, self._nursery)
+        stream = tunnel.open(self._request(live, workload, route, workload.network))
+        try:
+            answer = await stream.wait_response()
+            _expect_200(answer, stream, f"{route.authority} behind {route.gateway}")
+        except BaseException:
+            live.error = live.error or stream.failure
+            stream.abandon()
+            raise
+        return stream
+
+    def _request(
+        self,
+        live: LiveConnection,
+        workload: Workload,
+        route: HboneRoute,
+        network: str | None = None,
+    ) -> Headers:
+        return headers.connect_request(
+            route.authority,
+            headers.baggage(workload),
+            live.source,
+            route.service.hostname if route.service is not None else None,
+            headers.traceparent(secrets.token_bytes(24)),
+            network,
+        )
 
     async def _dial_tunnel(self, key: PoolKey, on_unusable: TunnelGone) -> Tunnel:
         tls = await self._identities.tls(key.source_identity)
@@ -229,6 +285,13 @@ class Outbound:
             return source
         own = [each for each in self._pod.addresses if each.version == gateway.version]
         return min(own, key=int, default=source)
+
+
+def _expect_200(answer: ResponseReceived | None, stream: TunnelStream, whom: str) -> None:
+    if answer is None:
+        raise WireError("stream-failed", f"{whom}: {stream.failure}")
+    if answer.status != 200:
+        raise WireError(f"status-{answer.status}", f"{whom} answered {answer.status}")
 
 
 def _service_name(service: Service | None) -> str:

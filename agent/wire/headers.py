@@ -13,6 +13,7 @@ from meshbpf.agent.core.address import SocketAddress
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.wire.events import Headers
 
+FORWARDED_NETWORK = b"x-forwarded-network"
 _PSEUDO_OF_CONNECT = frozenset({b":method", b":authority"})
 # RFC 9113, section 8.2.2; a content-length on CONNECT has no meaning
 # (RFC 9110, section 8.6) and h2 would hold the tunnel's bytes against it.
@@ -69,17 +70,33 @@ def read_status(headers: Headers) -> int:
 
 
 def connect_request(
-    authority: str, baggage: bytes, source: SocketAddress, host: str | None, traceparent: bytes
+    authority: str,
+    baggage: bytes,
+    source: SocketAddress,
+    host: str | None,
+    traceparent: bytes,
+    network: str | None = None,
 ) -> Headers:
-    """The request for one stream. `host` is the service's FQDN when one was dialed."""
+    """The request for one stream. `host` is the service's FQDN when one was dialed.
+
+    `network` is our own, for the inner request of two: its receiver sees a
+    gateway's address where the client's would be.
+    """
     forwarded = f'for="{source}"' if host is None else f'for="{source}";host={host}'
-    return (
+    fields = (
         (b":method", b"CONNECT"),
         (b":authority", authority.encode()),
         (b"baggage", baggage),
         (b"forwarded", forwarded.encode()),
         (b"traceparent", traceparent),
     )
+    return fields if network is None else (*fields, (FORWARDED_NETWORK, network.encode()))
+
+
+def came_through_gateway(headers: Headers, network: str) -> bool:
+    """Whether the request names another network than ours as its origin."""
+    origin = find(headers, FORWARDED_NETWORK)
+    return origin is not None and origin.lower() != network.lower().encode()
 
 
 def response(status: int, baggage: bytes | None = None) -> Headers:

@@ -21,6 +21,8 @@ from meshbpf.agent.core.policy import (
 )
 from tests.unit.core.builders import ip, mesh, pod
 
+pytestmark = pytest.mark.compat
+
 ALICE = SpiffeId.parse("spiffe://cluster.local/ns/web/sa/alice")
 FACTS = ConnectionFacts(ALICE, ip("10.0.0.1"), ip("10.0.0.2"), 8080)
 PLAINTEXT = replace(FACTS, source_identity=None)

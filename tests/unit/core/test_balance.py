@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from meshbpf.agent.core.balance import pick_endpoint, target_port
+from meshbpf.agent.core.balance import Purpose, pick_endpoint, target_port
 from meshbpf.agent.core.service import LoadBalancerMode, LoadBalancerScope, LoadBalancing, Service
 from meshbpf.agent.core.workload import ApplicationTunnel, Locality, TunnelFraming, Workload
 from tests.unit.core.builders import gateway, mesh, pod, rng, service
+
+pytestmark = pytest.mark.compat
 
 R, Z, S, N, C, W = (
     LoadBalancerScope.REGION,
@@ -108,7 +110,7 @@ def test_named_port_is_served_by_those_who_say_what_it_is() -> None:
 def test_waypoint_with_a_tunnel_serves_ports_that_its_service_lacks() -> None:
     web = service("web", ports={15021: 15021})
     tunnel = endpoint("tunnel", application_tunnel=ApplicationTunnel(TunnelFraming.PROXY, 15088))
-    assert names(web, HERE, tunnel, port=15008, as_waypoint=True) == {"tunnel"}
+    assert names(web, HERE, tunnel, port=15008, purpose=Purpose.WAYPOINT) == {"tunnel"}
     assert names(web, HERE, tunnel, port=15008) == {"-"}
 
 

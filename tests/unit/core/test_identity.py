@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from meshbpf.agent.core.identity import IdentityError, SpiffeId
 
+pytestmark = pytest.mark.compat
+
 parts = st.text(alphabet=string.ascii_letters + string.digits + "._-", min_size=1, max_size=63)
 
 

@@ -26,13 +26,17 @@ from meshbpf.agent.core.service import (
     WeightedWaypoint,
 )
 from meshbpf.agent.core.workload import (
+    ApplicationTunnel,
     HealthStatus,
     Locality,
     NamespacedHostname,
     NetworkMode,
+    TunnelFraming,
     TunnelProtocol,
 )
 from tests.unit.core.builders import gateway, ip
+
+pytestmark = pytest.mark.compat
 
 
 def read(text: str) -> MeshState:
@@ -52,8 +56,8 @@ workloads:
   networkMode: HostNetwork
   node: node-1
   waypoint: {destination: shop/wp.local, hboneMtlsPort: 15009}
-  networkGateway: null
-  applicationTunnel: ~
+  networkGateway: {destination: net2/10.7.0.1, hboneMtlsPort: 15010}
+  applicationTunnel: {protocol: PROXY, port: 15088}
   nativeTunnel: true
   workloadName: cart
   workloadType: deployment
@@ -68,6 +72,7 @@ workloads:
     shop/cart.local: {80: 8080, "443": 8443}
     shop/wp.local: {}
   capacity: 7
+- {name: gw, namespace: shop, workloadIps: [10.7.0.1], network: net2, services: {}}
 services:
 - {name: cart, namespace: shop, hostname: cart.local, vips: [], ports: {80: 0}}
 - {name: wp, namespace: shop, hostname: wp.local, vips: [], ports: {15009: 15009}}
@@ -82,7 +87,7 @@ policies:
 
 
 def test_every_key_of_a_workload() -> None:
-    (found,) = read(FULL_WORKLOAD).workloads
+    found, _gateway = read(FULL_WORKLOAD).workloads
     assert found.uid == "c1//Pod/shop/cart-1"
     assert (found.name, found.namespace) == ("cart-1", "shop")
     assert found.addresses == (ip("10.0.0.1"), ip("fd00::1"), ip("10.0.0.2"))
@@ -91,8 +96,8 @@ def test_every_key_of_a_workload() -> None:
     assert (found.network, found.node, found.cluster_id) == ("net1", "node-1", "c1")
     assert found.network_mode is NetworkMode.HOST_NETWORK
     assert found.waypoint == gateway("shop/wp.local", 15009)
-    assert found.network_gateway is None
-    assert found.application_tunnel is None
+    assert found.network_gateway == gateway("net2/10.7.0.1", 15010)
+    assert found.application_tunnel == ApplicationTunnel(TunnelFraming.PROXY, 15088)
     assert found.native_tunnel
     assert (found.workload_name, found.workload_type) == ("cart", "deployment")
     assert (found.canonical_name, found.canonical_revision) == ("cart", "v1")

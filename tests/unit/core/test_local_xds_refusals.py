@@ -146,21 +146,20 @@ WRONG = [
     ("name: b", "name: b\n  trustDomain: a b", "11: workloads[1].trustDomain: 'a b' cannot be a"),
     ("ns/web.local:", "web.local:", "7: workloads[0].services[web.local]: 'web.local' is not NAME"),
     ("hostname: api.local", "hostname: ''", "22: services[1].hostname: must not be empty"),
-    # features that are not there yet
     (
         "name: b",
         "name: b\n  networkGateway: {destination: ns/g, hboneMtlsPort: 15008}",
-        "11: workloads[1].networkGateway: not supported yet",
+        "11: workloads[1].networkGateway.destination: nothing in this file is ns/g",
     ),
     (
         "name: b",
-        "name: b\n  applicationTunnel: {protocol: PROXY, port: 1}",
-        "11: workloads[1].applicationTunnel: not supported yet",
+        "name: b\n  applicationTunnel: {protocol: HTTP, port: 1}",
+        "11: workloads[1].applicationTunnel.protocol: 'HTTP' is none of NONE, PROXY",
     ),
     (
-        "  workloadIps:\n  - 10.0.0.3",
-        "  hostname: b.example\n  workloadIps: []",
-        "13: workloads[1].workloadIps: finding a workload's address by its hostname is not support",
+        "name: b",
+        "name: b\n  applicationTunnel: {protocol: PROXY, port: 0}",
+        "11: workloads[1].applicationTunnel.port: ",
     ),
     # policies
     ("!Exact td", "!Glob td", "32: policies[0].rules[0][0][0].principals[0]: expected one of !Ex"),

@@ -17,8 +17,10 @@ from meshbpf.agent.core.routing import (
     outbound,
 )
 from meshbpf.agent.core.service import IPFamilies, LoadBalancerMode, LoadBalancing, Visibility
-from meshbpf.agent.core.workload import ApplicationTunnel, NetworkMode, TunnelFraming
-from tests.unit.core.builders import at, gateway, ip, mesh, plain, pod, rng, service
+from meshbpf.agent.core.workload import NetworkMode
+from tests.unit.core.builders import at, ip, mesh, plain, pod, rng, service
+
+pytestmark = pytest.mark.compat
 
 SOURCE = pod("src", "10.0.0.1", "fd00::1", node="n1")
 SAN = SpiffeId.parse("spiffe://cluster.local/ns/default/sa/shared")
@@ -28,6 +30,7 @@ MESH = mesh(
     pod("far", "10.0.0.2", "fd00::2", node="n2", services={"web": {80: 9000}}),
     pod("two", "10.0.0.10", "10.0.0.9"),
     pod("near", "10.0.0.3", node="n1"),
+    pod("sidecar", "10.0.0.7", native_tunnel=True),  # HBONE by its own proxy, at the same port
     plain("outsider", "10.0.0.4", services={"plain": {}}),
     pod("host", "10.0.0.5", network_mode=NetworkMode.HOST_NETWORK),
     pod("remote", "10.0.0.6", network="elsewhere", services={"remote": {}}),
@@ -60,6 +63,7 @@ HBONE = [
     ("10.0.0.9:80", "10.0.0.9:15008", "10.0.0.9:80", "two", None),  # its second address
     ("10.0.0.3:22", "10.0.0.3:15008", "10.0.0.3:22", "near", None),  # the same node as ours
     ("10.0.0.1:80", "10.0.0.1:15008", "10.0.0.1:80", "src", None),  # itself
+    ("10.0.0.7:80", "10.0.0.7:15008", "10.0.0.7:80", "sidecar", None),
     ("10.9.0.1:80", "10.0.0.2:15008", "10.0.0.2:9000", "far", "web"),
     ("[fd09::1]:80", "[fd00::2]:15008", "[fd00::2]:9000", "far", "web"),  # the client's family
     ("10.9.0.6:80", "[fd00::7]:15008", "[fd00::7]:8080", "six", "any"),  # the only family
@@ -123,15 +127,6 @@ def test_refused(target: str, code: str) -> None:
     assert isinstance(route, Refused)
     assert route.code == code
     assert route.reason
-
-
-def test_network_gateways_are_refused_and_not_gone_round() -> None:
-    far = pod(
-        "far", "10.0.0.2", network="far", services={"web": {}}, network_gateway=gateway("/10.1.1.1")
-    )
-    route = go("10.9.0.1:80", snapshot=mesh(SOURCE, far, service("web", "10.9.0.1")))
-    assert isinstance(route, Refused)
-    assert route.code == "other-network"
 
 
 def test_workload_and_service_on_one_address_is_routed_as_the_service() -> None:
@@ -219,13 +214,6 @@ def test_hostname_is_dialed_at_the_address_that_the_tunnel_came_to() -> None:
     route = inbound_hbone(INBOUND, LOCAL, OWN, "web:80", arrived_at=ip("fd00::2"))
     assert isinstance(route, InboundRoute)
     assert str(route.target) == "[fd00::2]:9000"
-
-
-def test_application_tunnel_is_refused() -> None:
-    tunnel = pod("t", "10.0.0.9", application_tunnel=ApplicationTunnel(TunnelFraming.PROXY, 15088))
-    route = inbound_hbone(mesh(tunnel), tunnel, frozenset(tunnel.addresses), "10.0.0.9:80")
-    assert isinstance(route, Refused)
-    assert (route.status, route.code) == (503, "application-tunnel")
 
 
 @pytest.mark.parametrize(

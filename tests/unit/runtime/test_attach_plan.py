@@ -261,3 +261,10 @@ def test_an_account_that_the_caller_gave_holds_for_the_next_life() -> None:
     given = AttachRequest(pod="web/a", service_account="shop")
     first = attach_plan.plan(given, HERE, settings(), mesh(), NOW)
     assert next_life(first, HERE, settings(), mesh(), NOW).service_account == "shop"
+
+
+def test_a_pod_whose_sidecar_speaks_hbone_is_not_attached(netns: str) -> None:
+    known = mesh(workload("a", "app", native_tunnel=True))
+    with pytest.raises(MeshbpfError) as raised:
+        plan(asked(netns), settings(), known, NOW)
+    assert raised.value.code == "native-tunnel"
