@@ -138,24 +138,27 @@ async def gateway(rig: Rig) -> AsyncIterator[Gateway]:
 
 async def test_a_pod_of_another_network_is_reached_through_its_gateway(rig: Rig) -> None:
     rig.state[0] = far_mesh()
-    async with gateway(rig) as gate, rig.listen(port=9090) as listener:
-        async with rig.joined(listener) as (client, app):
-            await client.send_all(b"over the sea")
-            assert await app.receive_some(100) == b"over the sea"
-            await app.send_all(b"and back")
-            assert await client.receive_some(100) == b"and back"
-            (there,) = rig.server.connections.list()
-            assert there.source_identity == WEB
-            assert str(there.destination) == f"{SERVER}:9090"
-            (here,) = rig.client.connections.list()
-            assert here.destination_identity == DB
-            assert str(here.upstream) == f"{PLAIN_SERVER}:{GATE_PORT}"
-            # What the far side knows of the client is what it says of itself.
-            (live,) = rig.server.connections._live.values()
-            assert live.source_workload is None
-            assert live.source_described is not None
-            assert live.source_described.namespace == "web"
-            assert live.destination_service is not None
+    async with (
+        gateway(rig) as gate,
+        rig.listen(port=9090) as listener,
+        rig.joined(listener) as (client, app),
+    ):
+        await client.send_all(b"over the sea")
+        assert await app.receive_some(100) == b"over the sea"
+        await app.send_all(b"and back")
+        assert await client.receive_some(100) == b"and back"
+        (there,) = rig.server.connections.list()
+        assert there.source_identity == WEB
+        assert str(there.destination) == f"{SERVER}:9090"
+        (here,) = rig.client.connections.list()
+        assert here.destination_identity == DB
+        assert str(here.upstream) == f"{PLAIN_SERVER}:{GATE_PORT}"
+        # What the far side knows of the client is what it says of itself.
+        (live,) = rig.server.connections._live.values()
+        assert live.source_workload is None
+        assert live.source_described is not None
+        assert live.source_described.namespace == "web"
+        assert live.destination_service is not None
         (request,) = gate.requests
         assert request.authority == b"hbone.db.svc:8080"
         assert headers.find(request.headers, headers.FORWARDED_NETWORK) is None
@@ -164,31 +167,39 @@ async def test_a_pod_of_another_network_is_reached_through_its_gateway(rig: Rig)
 async def test_half_closes_and_megabytes_pass_both_tunnels(rig: Rig) -> None:
     rig.state[0] = far_mesh()
     sent = bytes(range(256)) * 16384
-    async with gateway(rig), rig.listen(port=9090) as listener:
-        async with rig.joined(listener) as (client, app), trio.open_nursery() as nursery:
+    async with (
+        gateway(rig),
+        rig.listen(port=9090) as listener,
+        rig.joined(listener) as (client, app),
+        trio.open_nursery() as nursery,
+    ):
 
-            async def send() -> None:
-                await client.send_all(sent)
-                await client.send_eof()
+        async def send() -> None:
+            await client.send_all(sent)
+            await client.send_eof()
 
-            nursery.start_soon(send)
-            with trio.fail_after(20):
-                assert await read_all(app) == sent
-                await app.send_all(b"got it")
-                await app.send_eof()
-                assert await read_all(client) == b"got it"
+        nursery.start_soon(send)
+        with trio.fail_after(20):
+            assert await read_all(app) == sent
+            await app.send_all(b"got it")
+            await app.send_eof()
+            assert await read_all(client) == b"got it"
 
 
 async def test_outer_tunnels_are_shared_and_inner_ones_are_not(rig: Rig) -> None:
     rig.state[0] = far_mesh()
-    async with gateway(rig) as gate, rig.listen(port=9090) as listener:
-        async with rig.joined(listener), rig.joined(listener):
-            assert gate.tunnels == 1
-            assert len(gate.requests) == 2
-            assert rig.client.pod.pool.statistics().tunnels == 1
-            # Both ends of the outer one, and of an inner one for each connection.
-            live = [o for o in gc.get_objects() if isinstance(o, Tunnel) and not o.closed]
-            assert len(live) == 2 + 2 * 2
+    async with (
+        gateway(rig) as gate,
+        rig.listen(port=9090) as listener,
+        rig.joined(listener),
+        rig.joined(listener),
+    ):
+        assert gate.tunnels == 1
+        assert len(gate.requests) == 2
+        assert rig.client.pod.pool.statistics().tunnels == 1
+        # Both ends of the outer one, and of an inner one for each connection.
+        live = [o for o in gc.get_objects() if isinstance(o, Tunnel) and not o.closed]
+        assert len(live) == 2 + 2 * 2
 
 
 async def test_an_endpoint_that_is_not_the_services_gets_no_byte(rig: Rig) -> None:
@@ -233,21 +244,23 @@ async def test_nothing_stays_behind_of_nested_tunnels(rig: Rig) -> None:
 async def test_an_app_with_a_tunnel_gets_the_clients_address_and_identity_first(rig: Rig) -> None:
     text = f"applicationTunnel: {{protocol: PROXY, port: {TUNNEL_PORT}}}"
     rig.state[0] = Snapshot.of(parse_local_xds(_near(text), "near"))
-    async with rig.listen(port=TUNNEL_PORT, ip="127.0.0.1") as listener:
-        async with rig.joined(listener) as (client, app):
-            await client.send_all(b"hello")
-            data = b""
-            with trio.fail_after(5):
-                while not data.endswith(b"hello"):
-                    data += await app.receive_some(1000)
-            assert data.startswith(b"\r\n\r\n\0\r\nQUIT\n\x21\x11")
-            assert data[16:24] == socket.inet_aton(CLIENT) + socket.inet_aton(SERVER)
-            assert int.from_bytes(data[26:28], "big") == PORT
-            assert data[28:].startswith(b"\xd0")
-            assert str(WEB).encode() in data
-            assert app.socket.getpeername()[0] == "127.0.0.1"
-            (there,) = rig.server.connections.list()
-            assert str(there.upstream) == f"127.0.0.1:{TUNNEL_PORT}"
+    async with (
+        rig.listen(port=TUNNEL_PORT, ip="127.0.0.1") as listener,
+        rig.joined(listener) as (client, app),
+    ):
+        await client.send_all(b"hello")
+        data = b""
+        with trio.fail_after(5):
+            while not data.endswith(b"hello"):
+                data += await app.receive_some(1000)
+        assert data.startswith(b"\r\n\r\n\0\r\nQUIT\n\x21\x11")
+        assert data[16:24] == socket.inet_aton(CLIENT) + socket.inet_aton(SERVER)
+        assert int.from_bytes(data[26:28], "big") == PORT
+        assert data[28:].startswith(b"\xd0")
+        assert str(WEB).encode() in data
+        assert app.socket.getpeername()[0] == "127.0.0.1"
+        (there,) = rig.server.connections.list()
+        assert str(there.upstream) == f"127.0.0.1:{TUNNEL_PORT}"
 
 
 async def test_policy_judges_the_tunnels_port(rig: Rig) -> None:
