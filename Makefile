@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean
+.PHONY: help setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench bench-quick fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,6 +64,9 @@ vagrant-test:  ## box, two VMs, every scenario, summary, nothing left
 
 bench: setup  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by side
 	@$(PY) -m tests.bench
+
+bench-quick: setup  ## nine ratios to no mesh in less than a minute, one JSON object on the last line
+	@$(PY) -m tests.bench.quick
 
 fresh-test:  ## demo and tests, twice each, in a minimal Debian 12 under systemd-nspawn
 	@tools/fresh-test

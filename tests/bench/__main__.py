@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from meshbpf import __version__
-from tests.bench import figures, load, rig
+from tests.bench import chart, figures, load, rig
 from tests.peers.ztunnel import build_at
 from tests.progs.program import BedError
 
@@ -34,7 +34,8 @@ def main() -> int:
     samples: list[rig.Sample] = []
     failures = 0
     tasks = [task for task in load.TASKS if task.name in options.tasks]
-    with rig.standing(options.tag, build, options.family) as lanes:
+    rows = [row for row in rig.ROWS if row.name in options.rows]
+    with rig.standing(options.tag, build, options.family, rows, tasks) as lanes:
         for round_number in range(options.rounds):
             start = round_number % len(lanes)
             for task in tasks:
@@ -63,6 +64,8 @@ def main() -> int:
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text)
+        if len(tasks) == len(load.TASKS):
+            options.output.with_suffix(".svg").write_text(chart.draw(samples))
     if options.raw is not None:
         options.raw.write_text(json.dumps([dataclasses.asdict(sample) for sample in samples]))
     return 1 if failures else 0
@@ -71,8 +74,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--quick", action="store_true", help="three rounds of 0.5 s, no page")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument(
         "--ztunnel",
         metavar="PATH",
@@ -86,14 +88,24 @@ def _options() -> argparse.Namespace:
         metavar="NAME,...",
         help=f"of {', '.join(task.name for task in load.TASKS)}; all by default",
     )
+    parser.add_argument(
+        "--rows",
+        type=lambda text: text.split(","),
+        default=[row.name for row in rig.ROWS],
+        metavar="NAME,...",
+        help=f"of {', '.join(row.name for row in rig.ROWS)}; all by default",
+    )
     parser.add_argument("--family", type=int, choices=(4, 6), default=4)
-    parser.add_argument("--output", type=Path, help=f"default: {PAGE.relative_to(ROOT)}")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"and a chart beside it; default: {PAGE.relative_to(ROOT)} when nothing is left out",
+    )
     parser.add_argument("--raw", type=Path, metavar="FILE", help="write all samples as JSON")
     parser.add_argument("--tag", default="bn", help="of the testbeds")
     options = parser.parse_args()
-    if options.quick:
-        options.rounds, options.seconds = 3, 0.5
-    elif options.output is None:
+    whole = len(options.rows) == len(rig.ROWS) and len(options.tasks) == len(load.TASKS)
+    if options.output is None and whole:
         options.output = PAGE
     return options
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.progs.pod import Pod
+from tests.progs.pod import LOAD, Pod
 from tests.progs.program import BedError, Program
 from tests.testbed import Testbed
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / ".cache"
-PORT = 7100
+PORT = LOAD
 SERVER_LIFETIME_S = 7200
 
 
@@ -42,7 +42,11 @@ GIB = float(1 << 30)
 TASKS = (
     Task("up", "Throughput, one stream up", "stream", ("1", "up"),
          "gbit_s", "Gbit/s", "bytes", GIB, "CPU s/GiB"),
-    Task("down", "Throughput, four streams down", "stream", ("4", "down"),
+    Task("up4", "Throughput, four streams up", "stream", ("4", "up"),
+         "gbit_s", "Gbit/s", "bytes", GIB, "CPU s/GiB"),
+    Task("down", "Throughput, one stream down", "stream", ("1", "down"),
+         "gbit_s", "Gbit/s", "bytes", GIB, "CPU s/GiB"),
+    Task("down4", "Throughput, four streams down", "stream", ("4", "down"),
          "gbit_s", "Gbit/s", "bytes", GIB, "CPU s/GiB"),
     Task("rtt", "Round trip of 64 bytes, median", "rtt", (),
          "p50_us", "µs", "count", 1e6, "CPU µs each", less_is_better=True),

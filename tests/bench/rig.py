@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +20,33 @@ from tests.testbed import Testbed
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 DIRECT, OURS, THEIRS = "no mesh", "meshbpf", "ztunnel"
-ROWS = {
-    "out-of-mesh": ("n1a", "n2x"),
-    "same-node": ("n1a", "n1b"),
-    "cross-node": ("n1a", "n2a"),
-}
-SERVERS = ("n1b", "n2a", "n2x")
+BESIDE = "n1y"
+"""A pod that is not captured on the node of n1x, which `standing` adds: for no mesh on one node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """From one captured pod to another pod, and the pair that has the same path without a mesh."""
+
+    name: str
+    client: str
+    target: str
+    direct: tuple[str, str]
+    by_vip: bool = False
+    """The client dials the service of the target; there is no such thing without a mesh."""
+
+
+SAME_NODE, BETWEEN_NODES = ("n1x", BESIDE), ("n1x", "n2x")
+ROWS = (
+    Row("same-node", "n1a", "n1b", SAME_NODE),
+    Row("out-of-mesh", "n1a", "n2x", BETWEEN_NODES),
+    Row("cross-node", "n1a", "n2a", BETWEEN_NODES),
+    Row("same-node VIP", "n1a", "n1b", SAME_NODE, by_vip=True),
+    Row("cross-node VIP", "n1a", "n2a", BETWEEN_NODES, by_vip=True),
+)
+BY_ADDRESS = tuple(row for row in ROWS if not row.by_vip)
+DIRECT_ROWS = {SAME_NODE: "one node", BETWEEN_NODES: "two nodes"}
+"""What the lanes without a mesh are called."""
 WARM_UP_S = 0.3
 
 
@@ -40,6 +61,7 @@ class Lane:
     target: str
     agents: tuple[int, ...]
     """Their process ids."""
+    by_vip: bool = False
 
     @property
     def name(self) -> str:
@@ -61,22 +83,30 @@ class Sample:
 
 
 @contextlib.contextmanager
-def standing(tag: str, build: ZtunnelBuild | None, family: Family) -> Iterator[list[Lane]]:
+def standing(
+    tag: str,
+    build: ZtunnelBuild | None,
+    family: Family,
+    rows: Sequence[Row] = ROWS,
+    tasks: Sequence[load.Task] = load.TASKS,
+    warm_up_s: float = WARM_UP_S,
+) -> Iterator[list[Lane]]:
     """All lanes: agents running, pods attached, servers up, every tunnel used once."""
     with contextlib.ExitStack() as stack:
-        lanes = _meshbpf(stack.enter_context(Testbed(tag)))
+        lanes = _meshbpf(stack.enter_context(Testbed(tag)), rows)
         if build is not None:
-            lanes += _ztunnel(stack.enter_context(Testbed(f"{tag}z")), build, stack)
+            lanes += _ztunnel(stack.enter_context(Testbed(f"{tag}z")), build, stack, rows)
         for lane in lanes:
-            for task in load.TASKS:
-                take(lane, task, 0, WARM_UP_S, family)
+            for task in tasks:
+                take(lane, task, 0, warm_up_s, family)
         yield lanes
 
 
 def take(lane: Lane, task: load.Task, number: int, seconds: float, family: Family) -> Sample:
     """Measure one task on one lane."""
     before = sum(map(cpu_time_s, lane.agents))
-    target = lane.bed[lane.target].address(family)
+    pod = lane.bed[lane.target]
+    target = pod.vip(family) if lane.by_vip else pod.address(family)
     answer = load.measure(lane.bed, lane.bed[lane.client], target, task, seconds)
     spent = sum(map(cpu_time_s, lane.agents)) - before
     per_unit = spent / answer[task.count] * task.per
@@ -98,25 +128,35 @@ def cpu_time_s(pid: int) -> float:
     return own + sum(map(cpu_time_s, children))
 
 
-def _meshbpf(bed: Testbed) -> list[Lane]:
+def _meshbpf(bed: Testbed, rows: Sequence[Row]) -> list[Lane]:
+    bed.add_pod(BESIDE, 1, "legacy", captured=False)
     bed.start_agents()
     bed.attach_all()
-    for name in SERVERS:
-        load.serve(bed, bed[name])
+    direct = list(dict.fromkeys(row.direct for row in rows))
+    _serve(bed, [target for _, target in direct] + [row.target for row in rows])
     agents = tuple(agent.pid for agent in bed.agents.values())
     return [
-        Lane(DIRECT, "direct", bed, "n1x", "n2x", ()),
-        *(Lane(OURS, row, bed, *ends, agents) for row, ends in ROWS.items()),
+        *(Lane(DIRECT, DIRECT_ROWS[ends], bed, *ends, ()) for ends in direct),
+        *_lanes(OURS, bed, rows, agents),
     ]
 
 
-def _ztunnel(bed: Testbed, build: ZtunnelBuild, stack: contextlib.ExitStack) -> list[Lane]:
+def _ztunnel(
+    bed: Testbed, build: ZtunnelBuild, stack: contextlib.ExitStack, rows: Sequence[Row]
+) -> list[Lane]:
     nodes = {node: stack.enter_context(Ztunnel(bed, node, build)) for node in (1, 2)}
     for ztunnel in nodes.values():
         ztunnel.start()
     for pod in bed.captured:
         nodes[pod.node].attach(pod)
-    for name in SERVERS:
+    _serve(bed, [row.target for row in rows])
+    return _lanes(THEIRS, bed, rows, tuple(ztunnel.pid for ztunnel in nodes.values()))
+
+
+def _serve(bed: Testbed, names: Sequence[str]) -> None:
+    for name in dict.fromkeys(names):
         load.serve(bed, bed[name])
-    agents = tuple(ztunnel.pid for ztunnel in nodes.values())
-    return [Lane(THEIRS, row, bed, *ends, agents) for row, ends in ROWS.items()]
+
+
+def _lanes(mesh: str, bed: Testbed, rows: Sequence[Row], agents: tuple[int, ...]) -> list[Lane]:
+    return [Lane(mesh, row.name, bed, row.client, row.target, agents, row.by_vip) for row in rows]

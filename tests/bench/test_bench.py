@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from xml.etree import ElementTree
 
 import pytest
 
-from tests.bench import figures, load, rig
+from tests.bench import chart, figures, load, quick, rig
 from tests.bench.figures import Spread, Target
 
 LIFETIME_S = "60"
@@ -91,11 +93,57 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_a_target_knows_which_way_is_better() -> None:
-    tasks = {task.name: task for task in load.TASKS}
     ratio = Spread(1.0, 2.0, 3.0, 3)
-    assert Target("up", "cross-node", 1.5).met(ratio, tasks["up"])
-    assert not Target("rtt", "cross-node", 1.5).met(ratio, tasks["rtt"])
-    assert {target.task for target in figures.TARGETS} <= tasks.keys()
+    assert Target(rig.THEIRS, "up", "cross-node", 2.5).met(ratio)
+    assert not Target(rig.THEIRS, "up", "cross-node", 3.5).met(ratio)
+    assert Target(rig.THEIRS, "rtt", "cross-node", 1.5, less_is_better=True).met(ratio)
+    assert not Target(rig.THEIRS, "rtt", "cross-node", 0.9, less_is_better=True).met(ratio)
+
+
+def test_every_target_names_a_task_and_a_row_that_are_measured() -> None:
+    assert {target.task for target in figures.TARGETS} <= {task.name for task in load.TASKS}
+    assert {target.row for target in figures.TARGETS} <= {row.name for row in rig.ROWS}
+
+
+def test_the_page_and_its_chart_hold_every_mesh_that_was_measured() -> None:
+    samples = [
+        dataclasses.replace(_sample(number, 2.0), mesh=mesh, row=row)
+        for number in range(3)
+        for mesh, row in (
+            (rig.DIRECT, "two nodes"),
+            (rig.OURS, "cross-node"),
+            (rig.THEIRS, "cross-node"),
+        )
+    ]
+    text = figures.page(samples, [("when", "now")], "make bench")
+    assert (
+        "| Throughput, one stream up, cross-node | 1.00 | 1.00 to 1.00 | at least 1.2: MISSED"
+        in text
+    )
+    drawing = ElementTree.fromstring(chart.draw(samples))
+    said = {element.text for element in drawing.iter() if element.text}
+    assert {"no mesh", "meshbpf", "ztunnel", "cross-node"} <= said
+
+
+def test_quick_ratios_are_medians_of_ratios_on_the_same_path() -> None:
+    (row,) = [row for row in rig.ROWS if row.name == "cross-node"]
+    rounds = [
+        {("up", rig.OURS, "cross-node"): ours, ("up", rig.DIRECT, "two nodes"): direct}
+        for ours, direct in ((1.0, 2.0), (3.0, 12.0), (8.0, 10.0))
+    ]
+    assert quick.medians(rounds, [row]) == {"cross_node.throughput": 0.5}
+    assert quick.medians([{}], [row]) == {}
+
+
+def test_the_gate_fails_on_a_collapse_and_on_a_missing_ratio() -> None:
+    good = {key: 2 * floor for key, floor in quick.FLOORS.items()}
+    good |= {key: ceiling / 2 for key, ceiling in quick.CEILINGS.items()}
+    assert quick.collapsed(good) == []
+    for key, floor in quick.FLOORS.items():
+        assert quick.collapsed(good | {key: floor / 2})
+        assert quick.collapsed({other: good[other] for other in good if other != key})
+    for key, ceiling in quick.CEILINGS.items():
+        assert quick.collapsed(good | {key: ceiling * 2})
 
 
 def _sample(number: int, figure: float) -> rig.Sample:

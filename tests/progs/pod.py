@@ -10,6 +10,9 @@ from tests.progs import server
 TRUST_DOMAIN = "cluster.local"
 NAMESPACE = "apps"
 
+LOAD = 7100
+"""Where the benchmark's server listens (tests/bench/load.py)."""
+
 Family = Literal[4, 6]
 
 
@@ -94,4 +97,4 @@ def service(pod: Pod) -> dict[str, Any]:
 
 def _ports() -> dict[int, int]:
     """Service ports: 80 is the echo server, the others are what they are in the pod."""
-    return {80: server.ECHO} | {port: port for port, _ in server.SERVICES.values()}
+    return {80: server.ECHO, LOAD: LOAD} | {port: port for port, _ in server.SERVICES.values()}
