@@ -2,7 +2,8 @@
 
 Endpoints that cannot serve the port or cannot be reached are out; locality
 narrows the rest as the service asks; of those a random one is taken, weighted
-by capacity. There are no retries, and no endpoint is ejected for failing.
+by capacity. There are no retries, and no endpoint is ejected for failing; a
+waypoint does both, with the same endpoints (l7/balancer.py).
 
 The narrowing is the same for every connection of one source workload's place,
 so it is kept in the snapshot; a pick is then one random number and a bisection.
@@ -67,6 +68,19 @@ def pick_endpoint(
     purpose: Purpose = Purpose.APP,
 ) -> Endpoint | None:
     """An endpoint of `service` for its `port`, or None when none will do."""
+    return _candidates(mesh, source, service, port, purpose).pick(rng)
+
+
+def usable_endpoints(
+    mesh: Snapshot, source: Workload, service: Service, port: int
+) -> tuple[Endpoint, ...]:
+    """Those among which `pick_endpoint` draws, for whoever balances by load."""
+    return _candidates(mesh, source, service, port, Purpose.APP).endpoints
+
+
+def _candidates(
+    mesh: Snapshot, source: Workload, service: Service, port: int, purpose: Purpose
+) -> _Candidates:
     balancing = service.load_balancing or _NO_PREFERENCE
     place = (
         (source.network, source.locality, source.node, source.cluster_id)
@@ -90,7 +104,7 @@ def pick_endpoint(
             tuple(chosen), tuple(accumulate(e.workload.capacity for e in chosen))
         )
         memo[key] = candidates
-    return candidates.pick(rng)
+    return candidates
 
 
 def target_port(endpoint: Endpoint, service: Service, port: int) -> int | None:

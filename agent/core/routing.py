@@ -60,6 +60,7 @@ __all__ = [
     "inbound_hbone",
     "inbound_plain",
     "outbound",
+    "to_endpoint",
 ]
 
 _LOOPBACK_V4 = 127  # the upper 8 of 32 bits
@@ -118,7 +119,7 @@ def outbound(
         gateway = workload.waypoint
         if not is_waypoint(mesh, source, gateway):
             return through_waypoint(mesh, source, gateway, service, target, lookup)
-    return _direct(workload, service, ip, port, internal_ports, lookup)
+    return to_endpoint(workload, service, ip, port, internal_ports, lookup)
 
 
 def inbound_hbone(
@@ -178,7 +179,7 @@ def inbound_plain(
     return _to_app(target, _meant_service(mesh, local, target.port), internal_ports)
 
 
-def _direct(
+def to_endpoint(
     workload: Workload,
     service: Service | None,
     wanted: IPAddress,
@@ -186,6 +187,7 @@ def _direct(
     internal_ports: Collection[int],
     lookup: Lookup,
 ) -> Route:
+    """Straight to `port` of a workload on our network, at its address of `wanted`'s family."""
     ip = select_ip(workload, wanted, service, lookup)
     if isinstance(ip, Refused):
         return ip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from meshbpf.agent.l7.authz.source import authorization
+from meshbpf.agent.l7.rate_limit import rate_limits
 from meshbpf.agent.l7.sources import FilterSource
 
-SOURCES: tuple[FilterSource, ...] = (authorization,)
+SOURCES: tuple[FilterSource, ...] = (authorization, rate_limits)
