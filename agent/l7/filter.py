@@ -119,6 +119,9 @@ class Call:
     tls: bool = False
     limit_bytes: int = 1024 * 1024
     """A longer answer counts as failed."""
+    guarded: bool = False
+    """An object's author chose the target: the driver refuses addresses for
+    which `authn.uris.refused_address` has a reason, after resolving a name."""
 
 
 Command = ReadBody | SetBody | Call

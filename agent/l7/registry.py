@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from meshbpf.agent.l7.authn.source import authentication
 from meshbpf.agent.l7.authz.source import authorization
 from meshbpf.agent.l7.rate_limit import rate_limits
 from meshbpf.agent.l7.sources import FilterSource
 
-SOURCES: tuple[FilterSource, ...] = (authorization, rate_limits)
+SOURCES: tuple[FilterSource, ...] = (authentication, authorization, rate_limits)

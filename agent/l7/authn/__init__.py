@@ -1,0 +1,1 @@
+"""RequestAuthentication: the tokens of requests, checked and made claims of."""

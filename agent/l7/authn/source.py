@@ -1,0 +1,35 @@
+"""From the objects to the authentication filter of a destination.
+
+A bad RequestAuthentication is left out whole and reported: with none of its
+rules no token of its issuers is believed, so a policy that demands a request
+principal refuses, and fails closed.
+"""
+
+from __future__ import annotations
+
+from meshbpf.agent.l7.attachment import applies
+from meshbpf.agent.l7.authn.filter import AuthenticationFilter, KeyRing
+from meshbpf.agent.l7.authn.rules import GROUP, KIND, JwtRule, parse_authentication
+from meshbpf.agent.l7.filter import Filter
+from meshbpf.agent.l7.problem import ObjectError, Problem
+from meshbpf.agent.l7.sources import Scope
+
+_RING = ("authn", "ring")
+
+
+def authentication(scope: Scope) -> tuple[list[Filter], list[Problem]]:
+    """One filter for all RequestAuthentications at a destination."""
+    rules: list[JwtRule] = []
+    problems: list[Problem] = []
+    for each in scope.objects.of_kind(GROUP, KIND):
+        try:
+            read = parse_authentication(each)
+        except ObjectError as error:
+            problems.append(error.problem(each))
+            continue
+        if applies(scope, read.key, read.targets):
+            rules += read.rules
+    if not rules:
+        return [], problems
+    ring: KeyRing = scope.keep.setdefault(_RING, KeyRing())
+    return [AuthenticationFilter(rules, ring)], problems
