@@ -27,7 +27,7 @@ types:  ## mypy, strict
 	@.venv/bin/mypy
 
 unit:  ## tests that need no kernel feature
-	@$(PY) -m pytest tests/unit tests/playbook tests/cli
+	@$(PY) -m pytest -m "not slow" tests/unit tests/playbook tests/cli
 
 bpf:  ## the BPF programs on this kernel
 	@$(PY) -m pytest -m "root and not slow" tests/bpf
