@@ -57,6 +57,14 @@ class Value:
                 found[key] = child
         return found
 
+    def fields(self) -> dict[str, Value]:
+        """The fields of a mapping that are not null; unknown ones are somebody else's."""
+        return {
+            key: Value(self.object, child.raw, f"{self.path}.{key}")
+            for key, child in self.entries()
+            if child.raw is not None
+        }
+
     def entries(self) -> Iterator[tuple[str, Value]]:
         """The entries of a mapping whose keys are free."""
         if not isinstance(self.raw, Mapping):

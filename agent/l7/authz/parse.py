@@ -8,6 +8,7 @@ fails closed, so that a typing error does not open a service.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.core.policy import ServiceAccountMatch
@@ -87,7 +88,8 @@ def parse_policy(source: KubeObject) -> HttpPolicy:
 
 def _closed(source: KubeObject, error: ObjectError) -> HttpPolicy:
     """As much of a bad policy as says what it would close, and where."""
-    spec = source.spec
+    raw: Any = source.body.get("spec")
+    spec: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {}
     action = _ACTIONS.get(str(spec.get("action", "ALLOW")), Action.DENY)
     targets: tuple[Target, ...] = ()
     whole = Value.spec(source)

@@ -7,11 +7,14 @@ targetRefs cannot be read applies nowhere, and its Problem is all there is.
 from __future__ import annotations
 
 from meshbpf.agent.l7.attachment import applies
+from meshbpf.agent.l7.authz.custom import ExternalAuthorization
 from meshbpf.agent.l7.authz.filter import AuthorizationFilter
 from meshbpf.agent.l7.authz.parse import GROUP, KIND, read_policy
 from meshbpf.agent.l7.authz.policy import Action, HttpPolicy
 from meshbpf.agent.l7.filter import Filter
-from meshbpf.agent.l7.problem import Problem
+from meshbpf.agent.l7.mesh_config import read_mesh_config
+from meshbpf.agent.l7.problem import ObjectError, Problem
+from meshbpf.agent.l7.providers import Authorizer
 from meshbpf.agent.l7.sources import Scope
 
 
@@ -21,7 +24,23 @@ def authorization(scope: Scope) -> tuple[list[Filter], list[Problem]]:
     filters: list[Filter] = []
     if plain := [policy for policy in policies if policy.action is not Action.CUSTOM]:
         filters.append(AuthorizationFilter(plain))
+    if custom := [policy for policy in policies if policy.action is Action.CUSTOM]:
+        mesh, wrong = read_mesh_config(scope.objects, scope.root_namespace)
+        problems += wrong
+        for provider in dict.fromkeys(policy.provider for policy in custom):
+            known = mesh.providers.get(provider)
+            authorizer = known if isinstance(known, Authorizer) else None
+            chosen = [policy for policy in custom if policy.provider == provider]
+            filters.append(ExternalAuthorization(provider, authorizer, chosen))
+            if authorizer is None:
+                problems += [_unknown(scope, p) for p in chosen if not p.inexpressible]
     return filters, problems
+
+
+def _unknown(scope: Scope, policy: HttpPolicy) -> Problem:
+    source = scope.objects.by_key[policy.key]
+    what = f"the mesh configuration has no ext_authz provider {policy.provider!r}"
+    return ObjectError("spec.provider.name", what, reason="ProviderNotFound").problem(source)
 
 
 def policies_at(scope: Scope) -> tuple[list[HttpPolicy], list[Problem]]:
