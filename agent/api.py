@@ -76,10 +76,13 @@ class ReplyEnvelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 # --- status -----------------------------------------------------------------
 
 
+StateKind = Literal["local-xds", "manifests", "kubernetes"]
+
+
 class StateSourceInfo(Result, frozen=True):
     """Where the mesh state comes from and how the last read of it went."""
 
-    kind: Literal["local-xds"]
+    kind: StateKind
     origin: str
     healthy: bool
     """The source can be read; the outside-the-mesh lease is extended only then."""

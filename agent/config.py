@@ -77,7 +77,9 @@ class Settings:
     node: str
     state_dir: Path
     ca_dir: Path
-    local_xds: Path
+    local_xds: Path | None = None
+    """Mesh state comes from one of this and `manifests`."""
+    manifests: Path | None = None
     trust_domain: str = "cluster.local"
     """Of pods that the mesh state does not name; by default the CA's own."""
     network: str = ""

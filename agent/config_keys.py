@@ -116,6 +116,7 @@ KEYS: tuple[Key, ...] = (
     Key("state-dir", "state_dir", str, Path),
     Key("ca-dir", "ca_dir", str, Path),
     Key("local-xds", "local_xds", str, Path),
+    Key("manifests", "manifests", str, Path),
     Key("trust-domain", "trust_domain", str, _as_is),
     Key("network", "network", str, _as_is),
     Key("capture", "capture", CaptureName, _as_is),
@@ -138,6 +139,9 @@ KEYS: tuple[Key, ...] = (
     Key("log-level", "log_level", LogLevel, _as_is),
     Key("log-format", "log_format", LogFormat, _as_is),
 )
+
+STATE_SOURCES = ("local-xds", "manifests")
+"""Exactly one of them is to be set."""
 
 BY_NAME = {key.name: key for key in KEYS}
 EXEMPT_FIELDS = {

@@ -21,6 +21,7 @@ from meshbpf.agent.config_keys import (
     BY_NAME,
     EXEMPT_FIELDS,
     KEYS,
+    STATE_SOURCES,
     Value,
     misplaced,
 )
@@ -40,15 +41,9 @@ class Resolved:
 
     def settings(self) -> Settings:
         """What `run` works with. Raises ConfigError naming the origin of what is wrong."""
-        missing = [key for key in ("ca-dir", "local-xds") if self.values[key].value is None]
-        if missing:
-            key = BY_NAME[missing[0]]
-            raise ConfigError(
-                "missing-setting",
-                f"{key.name} is set nowhere",
-                f"give {key.option}, {key.environment}, or {key.name} in "
-                f"{self.file or config_place.DEFAULT_FILE}",
-            )
+        if self.values["ca-dir"].value is None:
+            raise self._missing("ca-dir")
+        self._one_state_source()
         given: dict[str, Any] = {}
         exempt: dict[str, Any] = {}
         origins: dict[str, str] = {"exempt": DEFAULT}
@@ -68,6 +63,28 @@ class Resolved:
             if origin in (FLAG, DEFAULT):
                 raise
             raise misplaced(origin, error.option, error) from None
+
+    def _one_state_source(self) -> None:
+        given = [name for name in STATE_SOURCES if self.values[name].value]
+        if not given:
+            raise self._missing(*STATE_SOURCES)
+        if len(given) > 1:
+            places = [f"{name} ({self.values[name].origin})" for name in given]
+            raise OptionError(
+                given[1],
+                str(self.values[given[1]].value),
+                f"mesh state comes from one source, and these are set: {', '.join(places)}",
+            )
+
+    def _missing(self, *names: str) -> ConfigError:
+        first = BY_NAME[names[0]]
+        others = "".join(f" (or {BY_NAME[name].option})" for name in names[1:])
+        return ConfigError(
+            "missing-setting",
+            f"{' or '.join(names)} is set nowhere",
+            f"give {first.option}{others}, {first.environment}, or {first.name} in "
+            f"{self.file or config_place.DEFAULT_FILE}",
+        )
 
 
 def resolve(

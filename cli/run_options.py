@@ -48,6 +48,12 @@ _OPTIONS: tuple[Any, ...] = (
         metavar="FILE",
         help="Mesh state in ztunnel's LOCAL_XDS YAML; read again when it changes.",
     ),
+    click.option(
+        "--manifests",
+        type=_FILE,
+        metavar="DIR",
+        help="Mesh state in Kubernetes and Istio objects, as YAML; read again when they change.",
+    ),
     click.option("--trust-domain", metavar="TD", help="[default: cluster.local]"),
     click.option("--network", metavar="NAME", help="This node's network.  [default: empty]"),
     click.option(

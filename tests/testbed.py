@@ -50,6 +50,7 @@ from meshbpf.agent.api import (
 from meshbpf.agent.api_client import call
 from meshbpf.agent.core.address import SocketAddress
 from tests.progs.inside import NETNS_DIR, socket_inside, sysctl_inside
+from tests.progs.kube_objects import mesh_objects
 from tests.progs.pod import NAMESPACE, TRUST_DOMAIN, Family, Pod, node_address, service, workload
 from tests.progs.program import BedError, Program, end_recorded, eventually, run_inside
 
@@ -103,7 +104,7 @@ class Agent:
         copy_bytecode(BYTECODE_DIR, self.state_dir / "cache")
         argv = [str(MESHBPF), "run", "--node", f"node{self.node}"]
         argv += ["--state-dir", str(self.state_dir), "--ca-dir", str(self.bed.ca_dir)]
-        argv += ["--local-xds", str(self.bed.mesh_file), *options]
+        argv += [*self.bed.state_options, *options]
         self._program = Program(self.bed.directory, f"agent{self.node}", self.netns, argv)
 
     def wait_ready(self, limit_s: float = READY_LIMIT_S) -> None:
@@ -193,12 +194,18 @@ class Testbed:
     __test__ = False  # pytest collects classes named Test*
     live: set[Testbed] = set()  # noqa: RUF012 - the one registry, for failure reports
 
-    def __init__(self, tag: str = "tb") -> None:
+    def __init__(self, tag: str = "tb", *, manifests: bool = False) -> None:
+        """With `manifests` the agents read Kubernetes objects in place of the mesh file."""
         if not re.fullmatch(r"[a-z][a-z0-9]{0,15}", tag):
             raise BedError(f"a tag is one to sixteen letters and digits, not {tag!r}")
         self.tag = tag
         self.directory = RUN_DIR / tag
         self.mesh_file = self.directory / "mesh.yaml"
+        self.state_options = ("--local-xds", str(self.mesh_file))
+        if manifests:
+            self.mesh_file = self.directory / "manifests" / "mesh.yaml"
+            self.state_options = ("--manifests", str(self.mesh_file.parent))
+        self.manifests = manifests
         self.ca_dir = self.directory / "ca"
         self.pods: dict[str, Pod] = {}
         self.policies: list[dict[str, Any]] = []
@@ -374,14 +381,21 @@ class Testbed:
     # --- mesh state ---------------------------------------------------------
 
     def write_mesh(self) -> None:
-        """The mesh file anew, in the format of ztunnel's LOCAL_XDS, replaced in one step."""
+        """The mesh file anew, in the format that the agents read, replaced in one step.
+
+        `policies` are in the same format.
+        """
         pods = (*self.pods.values(), self.gone)
-        mesh = {
-            "workloads": [workload(pod) for pod in pods],
-            "services": [service(pod) for pod in pods],
-            "policies": self.policies,
-        }
-        text = yaml.safe_dump(mesh, sort_keys=False)
+        if self.manifests:
+            self.mesh_file.parent.mkdir(exist_ok=True)
+            text = yaml.safe_dump_all([*mesh_objects(pods), *self.policies], sort_keys=False)
+        else:
+            mesh = {
+                "workloads": [workload(pod) for pod in pods],
+                "services": [service(pod) for pod in pods],
+                "policies": self.policies,
+            }
+            text = yaml.safe_dump(mesh, sort_keys=False)
         if self.mesh_file.exists() and self.mesh_file.read_text() == text:
             return  # an agent has no reason to read it again, so nobody may wait for that
         fresh = self.mesh_file.with_suffix(".new")

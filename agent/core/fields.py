@@ -69,7 +69,8 @@ class Field:
                     break
                 text = str(step)
                 plain = text.isidentifier()
-                found = found._child(below, f".{text}" if plain else f"[{_step(text)}]")
+                dotted = f".{text}" if found.path else text
+                found = found._child(below, dotted if plain else f"[{_step(text)}]")
         return found
 
     def items(self) -> Iterator[Field]:
@@ -84,6 +85,11 @@ class Field:
         for key, value, step in self._entries():
             path = f"[{step}]"
             yield self._child(key, path), self._child(value, path)
+
+    def members(self) -> Iterator[tuple[str, Field]]:
+        """(key, value) of a mapping whose keys are names of fields, known or not."""
+        for key, value, step in self._entries():
+            yield key.text, self._child(value, f".{step}" if self.path else step)
 
     def record(self, known: Collection[str]) -> dict[str, Field]:
         """The fields of a mapping whose keys are all known."""

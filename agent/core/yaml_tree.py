@@ -2,8 +2,8 @@
 
 Scalars stay text: what a field means is for whoever reads it to say, so a
 name like `on`, `1e3` or `012` arrives as it was written, under any version of
-YAML. Only one document, no cycles, and bounds on depth and size: a file
-cannot make its reader recurse or grow without end.
+YAML. No cycles, and bounds on depth and size: a file cannot make its reader
+recurse or grow without end.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Node = Scalar | Sequence | Mapping
 
 
 class YamlError(ConfigError):
-    """A text that is not one well-formed YAML document."""
+    """A text that is not well-formed YAML."""
 
     def __init__(self, origin: str, line: int, what: str) -> None:
         super().__init__("bad-yaml", f"{origin}:{line}: {what}")
@@ -76,9 +76,10 @@ class _Open:
 
 
 class _Builder:
-    def __init__(self, origin: str) -> None:
+    def __init__(self, origin: str, *, several: bool) -> None:
         self.origin = origin
-        self.root: Node | None = None
+        self.several = several
+        self.documents: list[Node] = []
         self.open: list[_Open] = []
         self.anchors: dict[str, tuple[Node, int] | None] = {}  # None: still open
 
@@ -112,8 +113,10 @@ class _Builder:
                     self.origin, line, f"*{event.anchor} names no value that ended before it"
                 )
             self.add(*known)
-        elif kind is yaml.DocumentStartEvent and self.root is not None:
-            raise YamlError(self.origin, line, "a second document begins here")
+        elif kind is yaml.DocumentStartEvent:
+            if self.documents and not self.several:
+                raise YamlError(self.origin, line, "a second document begins here")
+            self.anchors.clear()  # they end with their document
 
     def remember(self, anchor: str | None, node: Node, size: int) -> None:
         if anchor is not None:
@@ -121,7 +124,7 @@ class _Builder:
 
     def add(self, node: Node, size: int) -> None:
         if not self.open:
-            self.root = node
+            self.documents.append(node)
             return
         parent = self.open[-1]
         if parent.is_mapping and len(parent.children) % 2 == 0 and not isinstance(node, Scalar):
@@ -144,7 +147,19 @@ class _Builder:
 
 def read_yaml(text: str, origin: str) -> Node:
     """Parse one document; YamlError, naming `origin` and the line, if it is not one."""
-    builder = _Builder(origin)
+    found = _parse(text, _Builder(origin, several=False))
+    if not found:
+        raise YamlError(origin, 1, "the file is empty; an empty mesh is written {}")
+    return found[0]
+
+
+def read_documents(text: str, origin: str) -> list[Node]:
+    """Parse all documents, of which there may be none; YamlError as `read_yaml`."""
+    return _parse(text, _Builder(origin, several=True))
+
+
+def _parse(text: str, builder: _Builder) -> list[Node]:
+    origin = builder.origin
     try:
         for event in yaml.parse(text, Loader=_LOADER):
             builder.take(event)
@@ -158,9 +173,7 @@ def read_yaml(text: str, origin: str) -> Node:
         raise YamlError(origin, line, f"not YAML: {error.reason}") from None
     except UnicodeError:
         raise YamlError(origin, 1, "not YAML: the text has code points that UTF-8 lacks") from None
-    if builder.root is None:
-        raise YamlError(origin, 1, "the file is empty; an empty mesh is written {}")
-    return builder.root
+    return builder.documents
 
 
 def _application_tag(tag: str) -> str:

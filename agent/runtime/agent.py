@@ -32,13 +32,13 @@ from meshbpf.agent.runtime.heartbeat import Heartbeat
 from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.mesh import LiveMesh
+from meshbpf.agent.runtime.mesh_source import MeshSource
 from meshbpf.agent.runtime.monitoring import Monitoring, Parts
 from meshbpf.agent.runtime.named_pods import NamedPods
 from meshbpf.agent.runtime.pod import Pod
 from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.readiness import Readiness
 from meshbpf.agent.runtime.state_dir import StateDir
-from meshbpf.agent.runtime.state_source import LocalXdsSource
 from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.traffic_metrics import check_allowed
 
@@ -59,7 +59,7 @@ class Agent:
         settings: Settings,
         state_dir: StateDir,
         authority: CertificateAuthority,
-        source: LocalXdsSource,
+        source: MeshSource,
         control: ControlServer,
         writer: LogWriter,
         nursery: trio.Nursery,
@@ -327,7 +327,7 @@ class Agent:
     def _state_info(self) -> api.StateSourceInfo:
         mesh, source = self._mesh.snapshot, self._source
         return api.StateSourceInfo(
-            kind="local-xds",
+            kind=source.kind,
             origin=source.origin,
             healthy=source.healthy,
             loaded_at=source.loaded_at,
@@ -354,6 +354,7 @@ class Agent:
                 found.extend(f"pod {pod.key}: {why}" for why in pod.kernel.host_skipped)
         if self._source.error is not None:
             found.append(f"mesh state: {self._source.error.what}")
+        found.extend(f"mesh state: {text}" for text in self._source.warnings())
         for cert in self._certificates.describe().certs:
             if cert.error is not None:
                 found.append(f"certificate of {cert.identity}: {cert.error.what}")

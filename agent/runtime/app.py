@@ -36,6 +36,7 @@ from meshbpf.agent import ca_files
 from meshbpf.agent.config import Settings
 from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
+from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.runtime import attachments, httpd, logs, readiness, supervised
 from meshbpf.agent.runtime.admin import Admin
@@ -43,6 +44,8 @@ from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.logs import Log, LogWriter
+from meshbpf.agent.runtime.manifests import ManifestSource
+from meshbpf.agent.runtime.mesh_source import MeshSource
 from meshbpf.agent.runtime.notify import Notifier, take_stored
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.state_source import LocalXdsSource
@@ -59,7 +62,7 @@ class Prepared:
     settings: Settings
     state_dir: StateDir
     authority: CertificateAuthority
-    source: LocalXdsSource
+    source: MeshSource
     state: MeshState
     control: ControlServer
     control_listener: socket.socket
@@ -97,6 +100,16 @@ def run(settings: Settings) -> int:
     return int(Exit.OK)
 
 
+def _source(settings: Settings) -> MeshSource:
+    if settings.manifests is not None:
+        cluster = Cluster(
+            network=settings.network, trust_domain=settings.trust_domain, by_hand=True
+        )
+        return ManifestSource(settings.manifests, cluster)
+    assert settings.local_xds is not None  # noqa: S101 (config_sources.py sees to it)
+    return LocalXdsSource(settings.local_xds)
+
+
 def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepared:
     _raise_descriptor_limit()
     # First, and whatever becomes of the rest: no child may inherit these.
@@ -105,7 +118,7 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
     authority = ca_files.load(settings.ca_dir)
     if settings.origins.get("trust_domain", "default") == "default" and authority.trust_domain:
         settings = replace(settings, trust_domain=authority.trust_domain)
-    source = LocalXdsSource(settings.local_xds)
+    source = _source(settings)
     state = source.load()
     state_dir = StateDir.open(settings.state_dir)
     stack.callback(state_dir.close)

@@ -245,6 +245,8 @@ class Monitoring:
 
 def _mesh_file(settings: Settings) -> dict[str, Any]:
     """The mesh file as it is now; empty when it cannot be read, which `status` tells."""
+    if settings.local_xds is None:
+        return {}
     try:
         found = yaml.load(settings.local_xds.read_bytes(), Loader=_Loader)  # noqa: S506 (a safe one)
     except (OSError, yaml.YAMLError) as error:

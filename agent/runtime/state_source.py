@@ -16,10 +16,10 @@ Parsing runs in a thread: 10,000 workloads take seconds of it.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import trio
 
@@ -28,6 +28,7 @@ from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.mesh_source import Apply, SourceStatistics
 
 POLL_S = 0.3
 SETTLE_S = 0.15
@@ -37,14 +38,6 @@ MAX_BYTES = 256 * 1024 * 1024
 log = Log("state")
 
 Signature = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class SourceStatistics:
-    """Counters since the start."""
-
-    loads: int
-    refused: int
 
 
 class LocalXdsSource:
@@ -60,6 +53,15 @@ class LocalXdsSource:
         """When the content in force was read: a file written later is not in force yet."""
         self.error: MeshbpfError | None = None
         """Why the newest content is not in force; None when it is."""
+
+    @property
+    def kind(self) -> Literal["local-xds"]:
+        """What kind of place it is."""
+        return "local-xds"
+
+    def warnings(self) -> tuple[str, ...]:
+        """The file is taken whole or refused whole: nothing is ever wrong with a part."""
+        return ()
 
     @property
     def origin(self) -> str:
@@ -82,7 +84,7 @@ class LocalXdsSource:
         self._accept(read_at)
         return state
 
-    async def watch(self, apply: Callable[[MeshState], Awaitable[None]]) -> None:
+    async def watch(self, apply: Apply) -> None:
         """Hand each new good state to `apply`, until cancelled.
 
         `apply` may raise MeshbpfError: the state then counts as refused and
@@ -102,9 +104,7 @@ class LocalXdsSource:
         """Counters since the start."""
         return SourceStatistics(self._loads, self._refused)
 
-    async def _reload(
-        self, found: Signature, apply: Callable[[MeshState], Awaitable[None]]
-    ) -> None:
+    async def _reload(self, found: Signature, apply: Apply) -> None:
         await trio.sleep(SETTLE_S)
         if self._signature() != found:
             return  # being written: look again at the next poll

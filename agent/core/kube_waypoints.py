@@ -1,0 +1,98 @@
+"""Waypoints as the translation needs them: bindings to tell of, tunnels of their own pods.
+
+Who is bound to which is decided in bindings.py; here malformed Gateways are
+kept from it, and what it says of labels that lead nowhere becomes a problem
+of the object that bears them.
+"""
+
+from __future__ import annotations
+
+from meshbpf.agent.core.bindings import GATEWAY_API, USE_WAYPOINT, Binding, Bindings
+from meshbpf.agent.core.kube_cluster import Cluster, Problems
+from meshbpf.agent.core.kube_names import GATEWAY_NAME, INBOUND_BINDING
+from meshbpf.agent.core.object_fields import ObjectError, Value
+from meshbpf.agent.core.objects import KubeObject, ObjectSet
+from meshbpf.agent.core.workload import ApplicationTunnel, TunnelFraming
+
+_UNBOUND = "traffic goes on without that waypoint"
+
+
+class Waypoints:
+    """All of a cluster's, and who uses which."""
+
+    def __init__(self, objects: ObjectSet, cluster: Cluster, problems: Problems) -> None:
+        self._problems = problems
+        self._tunnels: dict[tuple[str, str], ApplicationTunnel | None] = {}
+        malformed = set()
+        classes = {each.name: each for each in objects.of_kind(GATEWAY_API, "GatewayClass")}
+        for gateway in objects.of_kind(GATEWAY_API, "Gateway"):
+            above = classes.get(str(gateway.spec.get("gatewayClassName")))
+            try:
+                _check(gateway)
+                self._tunnels[gateway.namespace, gateway.name] = _tunnel(gateway, above)
+            except ObjectError as error:
+                problems.reject(error, gateway.origin, "it is no waypoint")
+                malformed.add(gateway.key)
+        if malformed:
+            objects = ObjectSet.of(
+                each for each in objects.by_key.values() if each.key not in malformed
+            )
+        self._bindings = Bindings(objects, cluster_domain=cluster.domain, network=cluster.network)
+
+    def of_service(self, service: KubeObject) -> Binding:
+        """What stands before a service."""
+        return self._told(service, self._bindings.of_service(service))
+
+    def of_pod(self, pod: KubeObject, account: str) -> Binding | None:
+        """What stands before a pod; None for one that is a waypoint's own."""
+        if self._instance_of(pod) in self._tunnels:
+            return None
+        return self._told(pod, self._bindings.of_workload(pod, account))
+
+    def tunnel_of(self, pod: KubeObject) -> ApplicationTunnel | None:
+        """How a waypoint's own pod wants its connections."""
+        return self._tunnels.get(self._instance_of(pod))
+
+    @staticmethod
+    def _instance_of(pod: KubeObject) -> tuple[str, str]:
+        return pod.namespace, pod.labels.get(GATEWAY_NAME, "")
+
+    def _told(self, about: KubeObject, binding: Binding) -> Binding:
+        if binding.ignored:
+            self._problems.note(about, f"metadata.labels[{USE_WAYPOINT}]", binding.why, _UNBOUND)
+        return binding
+
+
+def _check(gateway: KubeObject) -> None:
+    """Refuse a shape that the API server would not have let pass."""
+    spec = Value.spec(gateway)
+    spec.get("gatewayClassName").text()
+    listeners = spec.get("listeners")
+    for listener in listeners.items() if listeners.present else ():
+        selector = listener.get("allowedRoutes", "namespaces", "selector")
+        selector.get("matchLabels").labels()
+        expressions = selector.get("matchExpressions")
+        for item in expressions.items() if expressions.present else ():
+            item.get("key").text()
+            values = item.get("values")
+            if values.present:
+                values.texts()
+    addresses = Value.of(gateway, "status").get("addresses")
+    for address in addresses.items() if addresses.present else ():
+        address.get("value").text()
+
+
+def _tunnel(gateway: KubeObject, above: KubeObject | None) -> ApplicationTunnel | None:
+    """As the annotation says: `PROTOCOL` or `PROTOCOL/PORT`."""
+    text = gateway.annotations.get(INBOUND_BINDING)
+    if text is None and above is not None:
+        text = above.annotations.get(INBOUND_BINDING)
+    if text is None:
+        return None
+    place = Value(gateway, text, f"metadata.annotations[{INBOUND_BINDING}]")
+    protocol, slash, port = text.partition("/")
+    if protocol not in ("NONE", "PROXY"):
+        raise place.error(f"{protocol!r} is neither NONE nor PROXY")
+    if slash and not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        raise place.error(f"{port!r} is not a port")
+    return ApplicationTunnel(TunnelFraming(protocol), int(port) if slash else None)
