@@ -184,6 +184,8 @@ class PodInfo(Result, frozen=True):
     exempt_ports: tuple[int, ...]
     exempt_cidrs: tuple[str, ...]
     exempt_interfaces: tuple[str, ...]
+    dns: bool
+    """Its DNS queries are answered by the agent."""
     attached_at: datetime | None
     connections: int
     by_name: bool = False
@@ -236,6 +238,7 @@ class AttachRequest(Request[AttachResult], frozen=True):
     exempt_ports: tuple[int, ...] | None = None
     exempt_cidrs: tuple[str, ...] | None = None
     exempt_interfaces: tuple[str, ...] | None = None
+    dns: bool | None = None
 
 
 class DetachResult(Result, frozen=True):

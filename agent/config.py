@@ -86,6 +86,10 @@ class Settings:
     capture: CaptureName = "auto"
     on_agent_down: OnAgentDownName = "closed"
     exempt: Exemptions = Exemptions()
+    dns: bool = True
+    """The DNS queries of pods are answered here, unless their attach says otherwise."""
+    cluster_domain: str = "cluster.local"
+    """Below it are the names of Kubernetes' own services."""
     probe_cgroups: tuple[Path, ...] = ()
     """cgroup v2 folders whose processes' connections are probes, never captured."""
     cert_ttl_s: float = 24 * 3600.0
@@ -117,6 +121,8 @@ class Settings:
             raise _bad("node", self.node, "give the node's name without spaces or slashes")
         if not is_object_name(self.trust_domain):
             raise _bad("trust-domain", self.trust_domain, "write it as a DNS name in lower case")
+        if not is_object_name(self.cluster_domain):
+            raise _bad("cluster-domain", self.cluster_domain, "write it as a DNS name")
         _one_of("capture", self.capture, get_args(CaptureName))
         _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
         _one_of("log-level", self.log_level, get_args(LogLevel))

@@ -124,6 +124,8 @@ KEYS: tuple[Key, ...] = (
     Key("exempt-ports", "exempt_ports", list[int | str], _ports, "--exempt-port"),
     Key("exempt-cidrs", "exempt_cidrs", list[str], parse_cidrs, "--exempt-cidr"),
     Key("exempt-interfaces", "exempt_interfaces", list[str], frozenset, "--exempt-interface"),
+    Key("dns", "dns", bool, _as_is),
+    Key("cluster-domain", "cluster_domain", str, _as_is),
     Key("probe-cgroups", "probe_cgroups", list[str], _paths, "--probe-cgroup"),
     Key("cert-ttl", "cert_ttl_s", _DURATION, _duration),
     Key("lease", "lease_s", _DURATION, _duration),

@@ -43,6 +43,7 @@ AGENT_MARK: Final = 0x539
 mark: its answers must find their way to a source that is not in the pod's own
 netns, when the pod forwards for others. Proves nothing to any program."""
 HBONE_PORT: Final = 15008
+DNS_PORT: Final = 53
 
 POD_INDEX: Final = 0x6D65_7368_706F_6449
 """Placeholder ("meshpodI") for the pod's index in per-pod programs."""
@@ -92,6 +93,12 @@ class Role(IntEnum):
     OUTBOUND = 1
     INBOUND = 2
     HBONE = 3
+    DNS = 4  # by TCP
+    DNS_UDP = 5  # no listener: a bound socket
+
+
+CONNECTION_ROLES: Final = (Role.OUTBOUND, Role.INBOUND, Role.HBONE)
+"""The listeners of pods' connections; every pod has them."""
 
 
 class PodFlag(IntFlag):
@@ -103,6 +110,7 @@ class PodFlag(IntFlag):
     EXEMPT_PORTS = 1 << 3  # `exempt_ports` has entries for this pod
     EXEMPT_CIDRS = 1 << 4
     EXEMPT_INTERFACES = 1 << 5
+    DNS = 1 << 6  # its queries go to the agent, as long as that answers
 
 
 class Decision(IntEnum):
@@ -130,6 +138,8 @@ class Decision(IntEnum):
     OPAQUE = 19  # dropped: fragment or header chain that hides TCP to the mesh
     NO_MEMORY = 20  # dropped: socket storage could not be made
     FOREIGN_MARK = 21  # connect hook left a socket with its own mark to TC
+    DNS_QUERY = 22  # a datagram handed to the agent's DNS proxy
+    DNS_DIRECT = 23  # left alone: the pod's queries go to the agent, and none answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +244,7 @@ def cflags() -> tuple[str, ...]:
         "STEER_MARK": f"{STEER_MARK:#x}",
         "STEER_MASK": f"{STEER_MASK:#x}",
         "HBONE_PORT": HBONE_PORT,
+        "DNS_PORT": DNS_PORT,
         **{f"MAP_{spec.name.upper()}": spec.number for spec in MAPS},
         **{f"ROLE_{role.name}": int(role) for role in Role},
         **{f"POD_{flag.name}": int(flag) for flag in PodFlag},

@@ -5,7 +5,8 @@
 // sockets with a mark of their own or bound to the interface, forwarded
 // traffic), by sending it back up through lo with the steering mark: the pod's
 // policy route then makes it local and sk_lookup hands it to the listener.
-// Refuses with RST what must not leave while no agent answers.
+// Refuses with RST what must not leave while no agent answers. DNS datagrams
+// take the same way to the agent's DNS proxy, if the pod has it.
 // Reads: headers, skb->sk and its storage.
 // Maps: pod_config, addresses, exempt_ports, exempt_cidrs, mesh, heartbeat,
 // listeners, agent_sockets; writes decisions, captured.
@@ -104,6 +105,33 @@ INLINE int open_connection(struct __sk_buff *skb, struct packet *p, enum kind ki
     return to_loopback(skb);
 }
 
+// DNS, connected socket or not: the reply that the agent sends from the
+// resolver's address fits either. Other UDP is none of our business.
+INLINE int send_datagram(struct __sk_buff *skb, struct packet *p, u32 pod)
+{
+    struct bpf_sock *sk;
+    u32 flags;
+
+    if (p->flow.destination_port != bpf_htons(DNS_PORT))
+        return GO_ON;
+    flags = pod_flags(pod);
+    if (!(flags & POD_DNS) || (flags & POD_LEAVING))
+        return GO_ON;
+    sk = skb->sk;
+    if (sk) {
+        sk = bpf_sk_fullsock(sk);
+        if (sk && is_agent_socket(sk))
+            return GO_ON;
+    }
+    if (is_loopback(&p->flow.destination) || is_own_address(pod, &p->flow.destination) ||
+        is_exempt_port(pod, flags, DNS_PORT) ||
+        is_exempt_address(pod, flags, &p->flow.destination))
+        return GO_ON;
+    if (!asks_agent(pod, flags, ROLE_DNS_UDP, &p->flow.destination))
+        return GO_ON;
+    return to_loopback(skb);
+}
+
 int pod_egress(struct __sk_buff *skb)
 {
     struct packet packet = {};
@@ -116,6 +144,8 @@ int pod_egress(struct __sk_buff *skb)
         return GO_ON;
     }
     kind = read_packet(skb, &packet);
+    if (kind == UDP)
+        return send_datagram(skb, &packet, pod);
     if (kind == NOT_TCP)
         return GO_ON;
     if (kind == TCP ? is_opening(&packet) : !sk)

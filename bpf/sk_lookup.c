@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 // Hook: sk_lookup, on the pod's netns, one instance per pod. Runs when TCP
 // looks for a listener (a SYN, or a segment whose connection is gone), never
-// for packets of established connections.
+// for packets of established connections; and for datagrams to sockets that
+// are not connected, of which only redirected DNS queries concern us.
 // Does: hands connections to the agent's listeners, whatever address and port
 // those are bound to; the accepted socket keeps both original addresses.
 // Reads: family, protocol, both addresses and ports, the arriving interface.
@@ -12,7 +13,7 @@
 // Budget: 4096 verified instructions.
 //
 // The order matters:
-//  lo, foreign destination: a captured outbound connection. Never passed on,
+//  lo, foreign destination: a captured outbound connection, or DNS. Never passed on,
 //    in no mode: the stack would give it to the pod's own 0.0.0.0:80.
 //  lo, own destination: the pod talking to itself, or the agent to the app.
 //  own source, from anywhere: also the pod talking to itself; the stack
@@ -63,10 +64,12 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
     u32 pod = this_pod(), flags, port = ctx->local_port;
     u16 role;
 
-    if (ctx->protocol != IPPROTO_TCP)
-        return SK_PASS;
     flags = pod_flags(pod);
     if (!(flags & POD_ATTACHED))
+        return SK_PASS;
+    if (ctx->protocol != IPPROTO_TCP &&
+        !(ctx->protocol == IPPROTO_UDP && port == DNS_PORT && (flags & POD_DNS) &&
+          ctx->ingress_ifindex == LOOPBACK_IFINDEX))
         return SK_PASS;
     if (ctx->family == AF_INET) {
         u32 remote_v4 = ctx->remote_ip4, local_v4 = ctx->local_ip4;
@@ -89,6 +92,15 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 
     if (ctx->ingress_ifindex == LOOPBACK_IFINDEX) {
         if (is_loopback(&local) || is_own_address(pod, &local))
+            return SK_PASS;
+        if (ctx->protocol == IPPROTO_UDP) {
+            // Only TC sends such a datagram this way; the client repeats a lost one.
+            if (hand_over(ctx, pod, ROLE_DNS_UDP))
+                return SK_DROP;
+            count(DECISION_DNS_QUERY);
+            return SK_PASS;
+        }
+        if (port == DNS_PORT && (flags & POD_DNS) && hand_over(ctx, pod, ROLE_DNS) == 0)
             return SK_PASS;
         if (hand_over(ctx, pod, ROLE_OUTBOUND)) {
             count(DECISION_REFUSED_OUTBOUND_SOCKET);

@@ -70,6 +70,17 @@ _OPTIONS: tuple[Any, ...] = (
     ),
     exemption_options,
     click.option(
+        "--dns/--no-dns",
+        default=None,
+        help="Answer the DNS queries of pods from the mesh state, and forward the rest.  "
+        "[default: --dns]",
+    ),
+    click.option(
+        "--cluster-domain",
+        metavar="DOMAIN",
+        help="Below it are the names of the cluster's services.  [default: cluster.local]",
+    ),
+    click.option(
         "--probe-cgroup",
         "probe_cgroups",
         type=_FILE,

@@ -17,3 +17,13 @@ def as_nobody() -> tuple[str, ...]:
     if subprocess.run([*prefix, sys.executable, "-c", ""], capture_output=True).returncode:
         pytest.skip("the checkout is in a folder that other users may not enter")
     return prefix
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`-m NAME` means the quick tests of that name; slow ones run where the expression says so."""
+    expression = config.option.markexpr
+    if not expression or "slow" in expression:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]

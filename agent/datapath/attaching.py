@@ -166,7 +166,9 @@ class Attacher:
             exempt_ifindexes=view.exempt_ifindexes,
         )
         fail_open = pod.on_agent_down is OnAgentDown.OPEN
-        return msgspec.structs.replace(record, flags=int(flags_of(record, fail_open=fail_open)))
+        return msgspec.structs.replace(
+            record, flags=int(flags_of(record, fail_open=fail_open, dns=pod.dns))
+        )
 
     def _points(self, netns: Netns, view: PodView) -> Iterator[TcPoint]:
         with rtnetlink.route(netns) as inside, rtnetlink.route(None) as host:

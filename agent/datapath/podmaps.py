@@ -19,11 +19,13 @@ _PRESENT = codecs.u32(1)
 _SO_MARK = 36  # asm-generic/socket.h; the socket module has no name for it
 
 
-def flags_of(record: PodRecord, *, fail_open: bool) -> PodFlag:
+def flags_of(record: PodRecord, *, fail_open: bool, dns: bool) -> PodFlag:
     """The `pod_config` flags that a record stands for."""
     flags = PodFlag.ATTACHED
     if fail_open:
         flags |= PodFlag.FAIL_OPEN
+    if dns:
+        flags |= PodFlag.DNS
     if record.exempt_ports:
         flags |= PodFlag.EXEMPT_PORTS
     if record.exempt_cidrs:
@@ -111,7 +113,8 @@ class PodMaps:
                 if sock is None:
                     self._drop_listener(pod, role, family)
                 else:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if role is not Role.DNS_UDP:
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     if role is Role.OUTBOUND:
                         sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, AGENT_MARK)
                     key = codecs.listener(pod, role, family)

@@ -39,6 +39,8 @@ class PodSteering:
     exempt_ports: frozenset[int] = frozenset()
     exempt_cidrs: tuple[IPNetwork, ...] = ()
     exempt_interfaces: frozenset[str] = frozenset()
+    dns: bool = False
+    """Its DNS queries go to the listeners of the two DNS roles, where there are such."""
 
 
 @dataclass(frozen=True, slots=True)

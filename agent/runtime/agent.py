@@ -26,6 +26,7 @@ from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_no
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer, counters, error_body, summed
 from meshbpf.agent.runtime.cri import CriClient
+from meshbpf.agent.runtime.dns_metrics import DnsMetrics
 from meshbpf.agent.runtime.fd_store import GRACE_S, FdStore
 from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
@@ -88,6 +89,7 @@ class Agent:
                 grace_s=settings.metrics_grace_s,
             )
         )
+        self._dns_metrics = DnsMetrics()
         self._locator = Locator(CriClient(settings.cri_socket))
         self._certificates = CertificateStore(
             EmbeddedIssuer(authority), nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
@@ -106,7 +108,13 @@ class Agent:
         self._mesh.steer_with(steering.set_mesh)
         await self._mesh.apply(state)
         self.readiness.done("mesh-state")
-        self._forwarder = Forwarder(self._mesh.current, self._certificates, self._connections)
+        self._forwarder = Forwarder(
+            self._mesh.current,
+            self._certificates,
+            self._connections,
+            dns_metrics=self._dns_metrics,
+            cluster_domain=settings.cluster_domain,
+        )
         self.pods = pods = PodManager(
             settings,
             self._state_dir.attachments,
@@ -369,6 +377,7 @@ class Agent:
             control=self._control,
             writer=self._writer,
             connections=self._connections,
+            dns=self._dns_metrics,
             certificates=self._certificates,
             mesh=self._mesh.current,
             pods=self._all_pods,

@@ -86,6 +86,7 @@ def plan(
         exempt_ports=tuple(sorted(ports)),
         exempt_cidrs=tuple(map(str, cidrs)),
         exempt_interfaces=tuple(sorted(interfaces)),
+        dns=settings.dns if request.dns is None else request.dns,
         attached_at=now,
         by_name=where.by_name,
         account_given=request.service_account is not None,

@@ -38,6 +38,8 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     exempt_ports: tuple[int, ...] = ()
     exempt_cidrs: tuple[str, ...] = ()
     exempt_interfaces: tuple[str, ...] = ()
+    dns: bool = False
+    """Its DNS queries are answered by the agent."""
     attached_at: datetime
     by_name: bool = False
     """The runtime found it by its name, and will be asked again when it is gone."""

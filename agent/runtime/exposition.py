@@ -12,7 +12,7 @@ wants it. Help texts end with a stop, as ztunnel's do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -28,6 +28,7 @@ class Kind(StrEnum):
 
     COUNTER = "counter"  # it only grows
     GAUGE = "gauge"
+    HISTOGRAM = "histogram"  # its samples come from `histogram_samples`
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,27 @@ def labelled(name: str, told: str, kind: Kind, label: str, of: Mapping[str, int 
     return Family(
         name, told, kind, [(label_text((label,), (value,)), of[value]) for value in sorted(of)]
     )
+
+
+def histogram_samples(
+    names: Iterable[str],
+    values: Iterable[str],
+    bounds: Sequence[float],
+    buckets: Sequence[int],
+    total: float,
+) -> Iterator[tuple[str, int | float]]:
+    """The samples of one series of a histogram family, with their suffixes.
+
+    `buckets` counts what fell between one bound and the next, and has one
+    more for what was above them all.
+    """
+    names, values, count = tuple(names), tuple(values), 0
+    for bound, found in zip((*map(_number, map(float, bounds)), "+Inf"), buckets, strict=True):
+        count += found
+        yield "_bucket" + label_text((*names, "le"), (*values, bound)), count
+    labels = label_text(names, values)
+    yield "_sum" + labels, total
+    yield "_count" + labels, count
 
 
 def wants_openmetrics(accept: str) -> bool:

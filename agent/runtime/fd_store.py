@@ -31,6 +31,7 @@ from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import Listeners, Role
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.notify import NAME_BYTES, Notifier, NotifyError
+from meshbpf.bpf import CONNECTION_ROLES
 
 GRACE_S = 10.0
 """How far ahead the last beat of an orderly end is dated: connections wait so
@@ -74,7 +75,7 @@ class FdStore:
             same = same and (status.st_dev, status.st_ino) == (netns.dev, netns.inode)
             os.close(fd)
         found: dict[tuple[Role, int], socket.socket] = {}
-        for role in Role:
+        for role in CONNECTION_ROLES:
             for family in _FAMILIES:
                 for fd in self._stored.pop(_listener_name(pod, role, family), []):
                     sock = _listener(fd, family, netns)
@@ -96,6 +97,8 @@ class FdStore:
             self._forget(pod)
             self._notifier.store(_netns_name(pod), [netns.fd])
             for (role, family), sock in listeners.items():
+                if role not in CONNECTION_ROLES:
+                    continue  # nobody waits for a successor with a DNS query
                 self._notifier.store(_listener_name(pod, role, family), [sock.fileno()])
         except NotifyError as error:
             log.error("listeners are not kept for a successor", cause=error, pod=pod)
@@ -145,7 +148,9 @@ def _listener(fd: int, family: int, netns: Netns) -> socket.socket | None:
 
 
 def _names(pod: str) -> list[str]:
-    listeners = [_listener_name(pod, role, family) for role in Role for family in _FAMILIES]
+    listeners = [
+        _listener_name(pod, role, family) for role in CONNECTION_ROLES for family in _FAMILIES
+    ]
     return [_netns_name(pod), *listeners]
 
 

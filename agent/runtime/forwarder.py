@@ -19,6 +19,8 @@ import trio
 
 from meshbpf.agent.datapath.steering import Role
 from meshbpf.agent.runtime.connections import ConnectionRegistry, ConnectionStatistics
+from meshbpf.agent.runtime.dns_metrics import DnsMetrics
+from meshbpf.agent.runtime.dns_proxy import DnsProxy
 from meshbpf.agent.runtime.hostnames import Hostnames
 from meshbpf.agent.runtime.identity_source import Identities
 from meshbpf.agent.runtime.inbound import Inbound
@@ -80,12 +82,17 @@ class Forwarder:
         identities: Identities,
         connections: ConnectionRegistry,
         rng: random.Random | None = None,
+        *,
+        dns_metrics: DnsMetrics | None = None,
+        cluster_domain: str = "cluster.local",
     ) -> None:
         self._mesh = mesh
         self._identities = identities
         self._connections = connections
         self._rng = rng or random.Random()  # noqa: S311 - it picks endpoints, no secrets
         self._hostnames = Hostnames()
+        self._dns_metrics = dns_metrics or DnsMetrics()
+        self._cluster_domain = cluster_domain
         self._pods: dict[str, LocalPod] = {}
         self._accept_failures = 0
 
@@ -106,12 +113,24 @@ class Forwarder:
                     self._hostnames.addresses,
                 )
                 inbound = Inbound(pod, self._mesh, self._identities, self._connections, nursery)
+                names = DnsProxy(
+                    pod,
+                    self._mesh,
+                    self._dns_metrics,
+                    nursery,
+                    domain=self._cluster_domain,
+                    rng=self._rng,
+                )
                 handlers = {
                     Role.OUTBOUND: outbound.serve,
                     Role.INBOUND: inbound.serve_plain,
                     Role.HBONE: inbound.serve_hbone,
+                    Role.DNS: names.serve_tcp,
                 }
                 for (role, _family), listener in listeners.items():
+                    if role is Role.DNS_UDP:
+                        nursery.start_soon(names.serve_udp, listener)
+                        continue
                     nursery.start_soon(self._accept, nursery, listener, handlers[role])
         finally:
             if self._pods.get(pod.key) is pod:

@@ -56,6 +56,10 @@ class Log:
     def __init__(self, scope: str) -> None:
         self._logger = logging.getLogger(f"{ROOT}.{scope}")
 
+    def tells_debug(self) -> bool:
+        """Whether a debug line would be written: for fields that cost something to make."""
+        return self._logger.isEnabledFor(logging.DEBUG)
+
     def debug(self, message: str, **values: object) -> None:
         """What only a developer wants."""
         self._write(logging.DEBUG, message, values)

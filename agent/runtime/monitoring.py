@@ -27,6 +27,7 @@ from meshbpf.agent.runtime.agent_metrics import Numbers
 from meshbpf.agent.runtime.certs import CertificateStore
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer
+from meshbpf.agent.runtime.dns_metrics import DnsMetrics
 from meshbpf.agent.runtime.httpd import Request, Response
 from meshbpf.agent.runtime.log_levels import Levels, LogLevels, known_scopes
 from meshbpf.agent.runtime.logs import Log, LogWriter
@@ -50,6 +51,7 @@ class Parts:
     control: ControlServer
     writer: LogWriter
     connections: ConnectionRegistry
+    dns: DnsMetrics
     certificates: CertificateStore
     mesh: MeshView
     pods: Callable[[], Iterable[Pod]]
@@ -86,6 +88,7 @@ class Monitoring:
             (agent_metrics.build(),),
             agent_metrics.process(),
             agent_metrics.own(self._numbers()),
+            self._parts.dns.families(),
         )
         size = 0
         for family in families:
@@ -124,7 +127,7 @@ class Monitoring:
                 for pod in self._parts.pods()
                 if pod.local is not None and (workload := pod.local.workload(mesh)) is not None
             ]
-            gone = await telemetry.expire(mesh, local)
+            gone = await telemetry.expire(mesh, local) + self._parts.dns.expire(local)
             if gone:
                 log.debug("metrics of workloads that are gone", series=gone)
 

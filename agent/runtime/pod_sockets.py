@@ -18,18 +18,20 @@ from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from types import MappingProxyType
 
-from meshbpf.agent.core.address import IPAddress
+from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import STEER_MARK, OnAgentDown, PodSteering, Role
 from meshbpf.agent.runtime.attachments import Attachment
-from meshbpf.agent.runtime.sockets import prepare
+from meshbpf.agent.runtime.sockets import family_of, prepare
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 # From linux/in.h and linux/in6.h; the socket module lacks some of them.
 _IP_TRANSPARENT = 19
+_IP_RECVORIGDSTADDR = 20
 _IP_BIND_ADDRESS_NO_PORT = 24
+_IPV6_RECVORIGDSTADDR = 74
 _IPV6_TRANSPARENT = 75
 
 _LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
@@ -54,14 +56,41 @@ class PodSockets:
 
     def listener(self, role: int, family: int) -> socket.socket:
         """A listening socket on a loopback port of the kernel's choosing."""
-        del role  # all three are made alike; who registers them tells them apart
+        del role  # all are made alike; who registers them tells them apart
         with self._new(family) as sock:
-            _transparent(sock)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.bind((_LOOPBACK[socket.AddressFamily(family)], 0))
+            self._bind_to_loopback(sock)
             sock.listen(_backlog())
             return sock
+
+    def dns_socket(self, family: int) -> socket.socket:
+        """Where captured DNS queries arrive; each tells the resolver that it was for."""
+        with self._new(family, socket.SOCK_DGRAM) as sock:
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVORIGDSTADDR, 1)
+            else:
+                sock.setsockopt(socket.IPPROTO_IP, _IP_RECVORIGDSTADDR, 1)
+            self._bind_to_loopback(sock)
+            return sock
+
+    def dns_reply(self, resolver: SocketAddress) -> socket.socket:
+        """A socket that answers in the resolver's name: bound to its address and port."""
+        family = family_of(resolver.ip)
+        with self._new(family, socket.SOCK_DGRAM) as sock:
+            _transparent(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((str(resolver.ip), resolver.port))
+            return sock
+
+    def datagram(self, family: int) -> socket.socket:
+        """An unbound UDP socket for asking the resolver."""
+        with self._new(family, socket.SOCK_DGRAM) as sock:
+            return sock
+
+    def _bind_to_loopback(self, sock: socket.socket) -> None:
+        _transparent(sock)
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind((_LOOPBACK[sock.family], 0))
 
     def outbound(self, family: int) -> socket.socket:
         """An unbound socket for dialing out of the pod."""
@@ -88,11 +117,15 @@ class PodSockets:
             return sock
 
     @contextlib.contextmanager
-    def _new(self, family: int) -> Iterator[socket.socket]:
+    def _new(
+        self, family: int, kind: socket.SocketKind = socket.SOCK_STREAM
+    ) -> Iterator[socket.socket]:
         """A prepared socket, closed if the block fails."""
-        sock = self._netns.socket(socket.AddressFamily(family), socket.SOCK_STREAM)
+        sock = self._netns.socket(socket.AddressFamily(family), kind)
         try:
-            prepare(sock)
+            if kind is socket.SOCK_STREAM:
+                prepare(sock)
+            sock.setblocking(False)
             self._protect(sock)
             yield sock
         except BaseException:
@@ -105,6 +138,9 @@ def open_listeners(
 ) -> dict[tuple[Role, int], socket.socket]:
     """One listener per role and family; a namespace without IPv6 gets IPv4 ones alone.
 
+    Those of DNS are there whether the pod's queries come or not: an attach may
+    change that later.
+
     Those `inherited` from an earlier agent are used as they are. Blocking.
     Raises MeshbpfError; then none stays open.
     """
@@ -115,7 +151,10 @@ def open_listeners(
                 for role in Role:
                     if (role, int(family)) in opened:
                         continue
-                    opened[role, family] = sockets.listener(role, family)
+                    if role is Role.DNS_UDP:
+                        opened[role, family] = sockets.dns_socket(family)
+                    else:
+                        opened[role, family] = sockets.listener(role, family)
             except OSError as error:
                 no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
                 if family == socket.AF_INET6 and no_ipv6:
@@ -143,6 +182,7 @@ def pod_steering(attachment: Attachment, netns: Netns) -> PodSteering:
         exempt_ports=frozenset(attachment.exempt_ports),
         exempt_cidrs=tuple(map(ip_network, attachment.exempt_cidrs)),
         exempt_interfaces=frozenset(attachment.exempt_interfaces),
+        dns=attachment.dns,
     )
 
 

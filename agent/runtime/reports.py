@@ -49,6 +49,7 @@ def pod_info(pod: Pod, mesh: Snapshot, connections: int) -> PodInfo:
         exempt_ports=attachment.exempt_ports,
         exempt_cidrs=attachment.exempt_cidrs,
         exempt_interfaces=attachment.exempt_interfaces,
+        dns=attachment.dns,
         attached_at=attachment.attached_at,
         connections=connections,
         by_name=attachment.by_name,

@@ -42,6 +42,14 @@ class SocketFactory(Protocol):
         """An unbound socket for dialing out of the pod."""
         ...
 
+    def datagram(self, family: int) -> socket.socket:
+        """An unbound UDP socket for asking the pod's resolver."""
+        ...
+
+    def dns_reply(self, resolver: SocketAddress) -> socket.socket:
+        """A UDP socket that sends from the resolver's address and port."""
+        ...
+
     def to_app(self, family: int, client: IPAddress | None) -> socket.socket:
         """A socket for dialing the pod's app, bound to the client's address when given.
 

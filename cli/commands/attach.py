@@ -46,6 +46,11 @@ from meshbpf.cli.table import EMPTY, line
     help="Service account of the pod.  [default: what the mesh state says]",
 )
 @click.option("--on-agent-down", type=ON_AGENT_DOWN, help="Overrides the agent's default.")
+@click.option(
+    "--dns/--no-dns",
+    default=None,
+    help="Answer its DNS queries from the mesh state.  [default: as the agent was told]",
+)
 @exemption_options
 @common_options
 @pass_session
@@ -58,6 +63,7 @@ def command(
     container: str | None,
     service_account: str | None,
     on_agent_down: OnAgentDownName | None,
+    dns: bool | None,
     exempt_ports: tuple[frozenset[int], ...],
     exempt_cidrs: tuple[tuple[IPNetwork, ...], ...],
     exempt_interfaces: tuple[str, ...],
@@ -86,6 +92,7 @@ def command(
         container=container,
         service_account=service_account,
         on_agent_down=on_agent_down,
+        dns=dns,
         exempt_ports=tuple(sorted(exempt.ports)) or None,
         exempt_cidrs=tuple(map(str, exempt.cidrs)) or None,
         exempt_interfaces=tuple(sorted(exempt.interfaces)) or None,

@@ -212,10 +212,12 @@ def open_listeners(netns: Netns) -> dict[tuple[Role, int], socket.socket]:
     made = {}
     for role in Role:
         for family, loopback in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-            sock = netns.socket(family, socket.SOCK_STREAM)
+            udp = role is Role.DNS_UDP
+            sock = netns.socket(family, socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
             transparent(sock)
             sock.bind((loopback, 0))
-            sock.listen(64)
+            if not udp:
+                sock.listen(64)
             made[role, int(family)] = sock
     return made
 

@@ -95,6 +95,7 @@ POD = api.PodInfo(
     exempt_ports=(22,),
     exempt_cidrs=("198.51.100.0/24",),
     exempt_interfaces=(),
+    dns=True,
     attached_at=NOW - timedelta(hours=3),
     connections=7,
 )
@@ -115,6 +116,7 @@ FAILED_POD = api.PodInfo(
     exempt_ports=(),
     exempt_cidrs=(),
     exempt_interfaces=(),
+    dns=True,
     attached_at=None,
     connections=0,
 )

@@ -46,6 +46,7 @@ def without_counters(text: str) -> str:
     return re.sub(r"(valid|preferred)_lft \S+", "", text)
 
 
+@pytest.mark.slow
 def test_installed_removed_and_purged_it_leaves_the_machine_as_it_was(fresh: Node) -> None:
     fixture.make_pods(fresh)
     fresh.shell("mkdir -p /sys/fs/bpf; mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf")
@@ -84,6 +85,7 @@ def test_installed_removed_and_purged_it_leaves_the_machine_as_it_was(fresh: Nod
     assert fresh.systemctl("is-system-running", check=False).strip() == "running"
 
 
+@pytest.mark.slow
 def test_an_upgrade_under_traffic_refuses_no_connection(node: Node) -> None:
     """Another agent, the same pods, and a configuration that a person changed stays."""
     old = node.property("MainPID")

@@ -90,7 +90,8 @@ def test_a_stop_applies_the_fail_mode_at_once(node: Node) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "meanwhile"), [("closed", "ConnectionRefusedError"), ("open", "ok")]
+    ("mode", "meanwhile"),
+    [("closed", "ConnectionRefusedError"), pytest.param("open", "ok", marks=pytest.mark.slow)],
 )
 def test_a_killed_agents_stored_listeners_take_nothing_in(
     node: Node, mode: str, meanwhile: str
@@ -141,7 +142,7 @@ def test_the_watchdog_replaces_an_agent_that_hangs(node: Node) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("mesh.yaml", "workloads: [{}]\n", "mesh.yaml:1"),
+        pytest.param(*("mesh.yaml", "workloads: [{}]\n", "mesh.yaml:1"), marks=pytest.mark.slow),
         ("config.yaml", "lease: soon\n", "config.yaml:1: lease"),
     ],
 )

@@ -11,6 +11,7 @@
 #include <uapi/linux/ipv6.h>
 #include <uapi/linux/pkt_cls.h>
 #include <uapi/linux/tcp.h>
+#include <uapi/linux/udp.h>
 
 // "Not mine": the next program of the interface runs, be it tcx or clsact. With
 // TC_ACT_OK we would switch off those of a CNI that come after ours.
@@ -27,6 +28,7 @@
 
 enum kind {
     NOT_TCP, // and not IP
+    UDP,     // whole, with addresses and ports filled
     TCP,     // all of struct packet is filled
     // A fragment, or more extension headers than anyone sends: there may be
     // TCP in it. Only the addresses of struct packet are filled.
@@ -35,13 +37,13 @@ enum kind {
 
 struct packet {
     struct flow flow;
-    u32 tcp_offset;
+    u32 tcp_offset; // of UDP's header, if it is UDP
     u32 sequence; // network order
     u8 flags;     // TCP_*
     u8 is_v6;
 };
 
-// Of these two, TCP means that there is a TCP header at tcp_offset, not read yet.
+// Of these two, TCP and UDP mean that there is such a header at tcp_offset, not read yet.
 INLINE enum kind find_v4(struct __sk_buff *skb, struct packet *p)
 {
     struct iphdr ip;
@@ -52,6 +54,8 @@ INLINE enum kind find_v4(struct __sk_buff *skb, struct packet *p)
     map_v4(&p->flow.destination, ip.daddr);
     p->is_v6 = 0;
     p->tcp_offset = ETH_HLEN + ip.ihl * 4;
+    if (ip.protocol == IPPROTO_UDP && !(ip.frag_off & IPV4_FRAGMENT))
+        return UDP;
     if (ip.protocol != IPPROTO_TCP)
         return NOT_TCP;
     return ip.frag_off & IPV4_FRAGMENT ? OPAQUE : TCP;
@@ -70,6 +74,9 @@ INLINE enum kind find_v6(struct __sk_buff *skb, struct packet *p)
     __builtin_memcpy(&p->flow.destination, &ip.daddr, 16);
     p->is_v6 = 1;
     next = ip.nexthdr;
+    p->tcp_offset = offset;
+    if (next == IPPROTO_UDP)
+        return UDP;
 #pragma clang loop unroll(disable)
     for (i = 0; i < MAX_EXTENSIONS && next != IPPROTO_TCP; i++) {
         u8 extension[4];
@@ -98,6 +105,14 @@ INLINE enum kind read_packet(struct __sk_buff *skb, struct packet *p)
         kind = find_v4(skb, p);
     else if (skb->protocol == bpf_htons(ETH_P_IPV6))
         kind = find_v6(skb, p);
+    if (kind == UDP) {
+        struct udphdr udp;
+
+        if (bpf_skb_load_bytes(skb, p->tcp_offset, &udp, sizeof(udp)))
+            return NOT_TCP;
+        p->flow.source_port = udp.source;
+        p->flow.destination_port = udp.dest;
+    }
     if (kind != TCP)
         return kind;
     if (bpf_skb_load_bytes(skb, p->tcp_offset, &tcp, sizeof(tcp)))

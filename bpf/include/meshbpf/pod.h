@@ -81,3 +81,16 @@ INLINE int agent_accepts(u32 pod, u16 role, u16 family)
     bpf_sk_release(listener);
     return 1;
 }
+
+// Whether a DNS query to `resolver` goes to the agent. While none answers the
+// pod asks its resolver itself, whatever its mode: names of the mesh are then
+// unknown, but every other name works.
+INLINE int asks_agent(u32 pod, u32 flags, u16 role, const struct address *resolver)
+{
+    if (!(flags & POD_DNS))
+        return 0;
+    if (agent_accepts(pod, role, is_v4(resolver) ? AF_INET : AF_INET6))
+        return 1;
+    count(DECISION_DNS_DIRECT);
+    return 0;
+}

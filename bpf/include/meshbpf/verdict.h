@@ -24,6 +24,8 @@ INLINE enum verdict judge(u32 pod, const struct address *destination, u32 port)
         count(DECISION_EXEMPT_OUT);
         return LEAVE_ALONE;
     }
+    if (port == DNS_PORT && asks_agent(pod, flags, ROLE_DNS, destination))
+        return CAPTURE;
     if (is_in_mesh(destination)) {
         if (agent_accepts(pod, ROLE_OUTBOUND, is_v4(destination) ? AF_INET : AF_INET6))
             return CAPTURE;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,14 +21,20 @@ OUTBOUND = "listener/web/shop/outbound/ipv4"
 
 
 class Manager:
-    """Keeps what it is sent, as systemd does: by name, until told to forget."""
+    """Keeps what it is sent, as systemd does: by name, until told to forget.
+
+    It reads all the while: by default ten datagrams fill a socket's queue
+    (net.unix.max_dgram_qlen), and one pod has more descriptors.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(path)
-        self.socket.setblocking(False)
         self.kept: dict[str, list[int]] = {}
+        self._settled = threading.Semaphore(0)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def store(self) -> FdStore:
         """A store that begins with what is kept, as a new process of the unit finds it."""
@@ -37,26 +44,37 @@ class Manager:
         )
 
     def settle(self) -> dict[str, list[int]]:
-        """Read what was sent; what is kept then."""
+        """What is kept once all that was sent is read."""
+        self._say(b"SETTLED=1")
+        assert self._settled.acquire(timeout=10.0)
+        return self.kept
+
+    def close(self) -> None:
+        self._say(b"END=1")
+        self._reader.join(10.0)
+        for fds in self.kept.values():
+            for fd in fds:
+                os.close(fd)
+        self.socket.close()
+
+    def _say(self, message: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(message, self.path)
+
+    def _read(self) -> None:
         while True:
-            try:
-                data, control, _flags, _peer = self.socket.recvmsg(4096, socket.CMSG_SPACE(1024))
-            except BlockingIOError:
-                return self.kept
+            data, control, _flags, _peer = self.socket.recvmsg(4096, socket.CMSG_SPACE(1024))
             message = dict(line.split("=", 1) for line in data.decode().splitlines())
-            if "FDSTOREREMOVE" in message:
+            if "END" in message:
+                return
+            if "SETTLED" in message:
+                self._settled.release()
+            elif "FDSTOREREMOVE" in message:
                 for fd in self.kept.pop(message["FDNAME"], []):
                     os.close(fd)
             else:
                 kept = self.kept.setdefault(message["FDNAME"], [])
                 kept += [fd for _level, _kind, raw in control for fd in array.array("i", raw)]
-
-    def close(self) -> None:
-        self.settle()
-        for fds in self.kept.values():
-            for fd in fds:
-                os.close(fd)
-        self.socket.close()
 
 
 @pytest.fixture

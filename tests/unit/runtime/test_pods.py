@@ -88,7 +88,9 @@ class Kernel:
         if self.attach_error is not None:
             raise self.attach_error
         assert all(
-            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in listeners.values()
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            for (role, _), sock in listeners.items()
+            if role is not Role.DNS_UDP
         )
         attached = AttachedPod(
             index=1,

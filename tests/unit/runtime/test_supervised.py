@@ -67,7 +67,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 async def test_ready_comes_first_the_end_last_and_the_watchdog_in_between(
     manager: Manager,
 ) -> None:
-    with trio.move_on_after(0.5):
+    with trio.move_on_after(0.3):
         await tell(manager.notifier, Agent())
     heard = manager.heard()
     assert heard[:2] == ["READY=1", "STATUS=2 pods, 0 connections"]

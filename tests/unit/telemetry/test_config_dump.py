@@ -74,6 +74,7 @@ def pod(state: Any = "attached") -> PodInfo:
         exempt_ports=(),
         exempt_cidrs=(),
         exempt_interfaces=(),
+        dns=True,
         attached_at=None,
         connections=0,
     )
