@@ -6,15 +6,19 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench bench-quick fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean
+.PHONY: help ready setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench bench-quick fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup:  ## install what is missing: Debian packages, venv, bcc link, headers
+setup: ready  ## install what is missing, and make the node that `make nspawn` boots
+	@[ "$$(stat -f -c %T .)" = overlayfs ] || $(PY) -m tests.nspawn.fixture
+
+# Without the node, which takes a minute or two and only the tests of it need.
+ready:
 	@tools/setup
 
-demo: setup  ## the main job on two nodes made of network namespaces
+demo: ready  ## the main job on two nodes made of network namespaces
 	@$(PY) -m tests.demo
 
 test:  ## every check and test, with the seconds of each stage
@@ -62,16 +66,16 @@ vagrant-down:  ## destroy the VMs
 vagrant-test:  ## box, two VMs, every scenario, summary, nothing left
 	@vagrant/test
 
-bench: setup  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by side
+bench: ready  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by side
 	@$(PY) -m tests.bench
 
-bench-quick: setup  ## nine ratios to no mesh in less than a minute, one JSON object on the last line
+bench-quick: ready  ## nine ratios to no mesh in less than a minute, one JSON object on the last line
 	@$(PY) -m tests.bench.quick
 
 fresh-test:  ## demo and tests, twice each, in a minimal Debian 12 under systemd-nspawn
 	@tools/fresh-test
 
-check: setup  ## what this kernel can do for meshbpf
+check: ready  ## what this kernel can do for meshbpf
 	@.venv/bin/meshbpf check
 
 protos:  ## write agent/wire/pb from agent/wire/protos
