@@ -1,0 +1,1 @@
+"""Proxy-Wasm plugins: WasmPlugin and TrafficExtension on wasmtime."""
