@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench bench-quick fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean
+.PHONY: help ready setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench bench-quick fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -71,6 +71,9 @@ bench: ready  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by
 
 bench-quick: ready  ## nine ratios to no mesh in less than a minute, one JSON object on the last line
 	@$(PY) -m tests.bench.quick
+
+bench-store:  ## the mesh state at 200,000 workloads: memory, deltas, lookups
+	@$(PY) -m tests.bench.store
 
 fresh-test:  ## demo and tests, twice each, in a minimal Debian 12 under systemd-nspawn
 	@tools/fresh-test

@@ -182,7 +182,7 @@ MAPS: Final[tuple[MapSpec, ...]] = (
     MapSpec("exempt_ports", 4, MapType.HASH, 8, 4, 64 * MAX_PODS, _FREE),
     MapSpec("exempt_cidrs", 5, MapType.LPM_TRIE, 24, 4, 64 * MAX_PODS, _FREE),
     MapSpec("exempt_ifaces", 6, MapType.HASH, 8, 4, 16 * MAX_PODS, _FREE),
-    MapSpec("mesh", 7, MapType.LPM_TRIE, 24, 4, 1 << 18, _FREE),
+    MapSpec("mesh", 7, MapType.LPM_TRIE, 24, 4, 1 << 20, _FREE),
     MapSpec("listeners", 8, MapType.SOCKHASH, 8, 8, 8 * MAX_PODS),
     MapSpec("probes", 9, MapType.LRU_HASH, 36, 8, 8192),
     MapSpec("probe_cgroups", 10, MapType.HASH, 8, 4, 64),

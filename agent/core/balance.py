@@ -6,7 +6,7 @@ by capacity. There are no retries, and no endpoint is ejected for failing; a
 waypoint does both, with the same endpoints (l7/balancer.py).
 
 The narrowing is the same for every connection of one source workload's place,
-so it is kept in the snapshot; a pick is then one random number and a bisection.
+so it is kept with the endpoints; a pick is then one random number and a bisection.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Purpose(Enum):
     """Is dialed across networks: it is where one network can be reached from the others."""
 
 
-# Services times ports times places of local pods; past this the memo starts
-# over, since a scan over many ports of many services must not grow memory.
-_MEMO_LIMIT = 16384
+# Ports times places of local pods, for one service; past this the memo starts
+# over, since a scan over many ports must not grow memory.
+_MEMO_LIMIT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +87,16 @@ def _candidates(
         if balancing.routing_preference
         else (source.network,)
     )
-    key = ("balance", service.namespace, service.hostname, port, purpose, place)
-    memo = mesh.memo
+    key = ("balance", port, purpose, place)
+    endpoints = mesh.endpoints(service)
+    memo = endpoints.memo
     candidates: _Candidates | None = memo.get(key)
     if candidates is None:
         if len(memo) >= _MEMO_LIMIT:
             memo.clear()
         usable = [
             endpoint
-            for endpoint in mesh.endpoints(service)
+            for endpoint in endpoints
             if _reachable(endpoint.workload, source, purpose)
             and _serves(endpoint, service, port, purpose)
         ]

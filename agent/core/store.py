@@ -1,92 +1,136 @@
 """The mesh at one moment, indexed: every lookup of the connection path is a dict hit.
 
-Building is linear in the state. A snapshot never changes; a new state makes a
-new one, and a connection that holds an old one finishes with it.
+A snapshot never changes. A delta makes the next one in time proportional to
+the delta (`store_delta.py`), sharing with the old one all that stays; a
+connection that holds an old one finishes with it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Collection, Hashable
+from typing import Any, ClassVar
 
-from meshbpf.agent.core.address import IPAddress, address_bits, prefix_bits
+from meshbpf.agent.core import persistent
+from meshbpf.agent.core.address import IPAddress, address_bits
 from meshbpf.agent.core.authz import PolicySet
+from meshbpf.agent.core.persistent import PersistentMap
 from meshbpf.agent.core.policy import Authorization, PolicyAction, PolicyScope
-from meshbpf.agent.core.service import Endpoint, HealthPolicy, Service, ServiceEndpoint
-from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.core.workload import (
-    HealthStatus,
-    NamespacedHostname,
-    NetworkMode,
-    TunnelProtocol,
-    Workload,
-)
+from meshbpf.agent.core.service import Endpoint, HealthPolicy, Service
+from meshbpf.agent.core.state import MeshDelta, MeshState
+from meshbpf.agent.core.workload import HealthStatus, TunnelProtocol, Workload
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
+ServiceKey = tuple[str, str]
+"""(namespace, hostname)."""
+PlaceKey = tuple[str, int]
+"""(network, address_bits of an address)."""
+Ranges = tuple[tuple[int, PersistentMap[PlaceKey, tuple[Service, ...]]], ...]
+"""One table per prefix length, longest first, as (shift, table)."""
+
+
+class Endpoints(tuple[Endpoint, ...]):
+    """The endpoints of one service, and what others derive from them.
+
+    Both live until the service or one of its endpoints changes, so a push
+    about something else does not cost the balancer its work.
+    """
+
+    memo: dict[Hashable, Any]
 
 
 class Snapshot:
-    """Lookups over one MeshState; made by `of`, never by its constructor."""
+    """Lookups over one state of the mesh; made by `of` and `after`, never by its constructor."""
 
     EMPTY: ClassVar[Snapshot]
 
     __slots__ = (
-        "_by_address",
-        "_by_hostname",
-        "_by_name",
-        "_by_uid",
-        "_cidrs",
+        "_addresses",
         "_endpoints",
         "_global_policies",
+        "_hostnames",
+        "_listed",
+        "_members",
+        "_names",
         "_namespace_policies",
         "_policies",
         "_policy_sets",
+        "_ranges",
         "_services",
         "_services_by_hostname",
         "_vips",
-        "memo",
-        "policies",
-        "services",
+        "_workloads",
         "version",
-        "workloads",
     )
 
-    def __init__(self, state: MeshState, version: int) -> None:
-        self.version = version
-        self.workloads = state.workloads
-        self.services = state.services
-        self.policies = state.policies
-        # What others derive from this snapshot and wish to keep as long as it
-        # lives (the balancer's candidates); they bound what they put here.
-        self.memo: dict[Hashable, Any] = {}
-        self._index_workloads(state.workloads)
-        self._index_services(state.services)
-        self._index_policies(state.policies)
+    def __init__(self) -> None:
+        self.version = 0
+        self._workloads: PersistentMap[str, Workload] = persistent.EMPTY
+        # Those who claim an address, whose it is first.
+        self._addresses: PersistentMap[PlaceKey, tuple[Workload, ...]] = persistent.EMPTY
+        self._names: PersistentMap[ServiceKey, tuple[Workload, ...]] = persistent.EMPTY
+        self._hostnames: PersistentMap[ServiceKey, tuple[Workload, ...]] = persistent.EMPTY
+        self._services: PersistentMap[ServiceKey, Service] = persistent.EMPTY
+        self._services_by_hostname: PersistentMap[str, tuple[Service, ...]] = persistent.EMPTY
+        self._vips: PersistentMap[PlaceKey, tuple[Service, ...]] = persistent.EMPTY
+        self._ranges: Ranges = ()
+        # Who names a service, by uid, also before the service is there.
+        self._members: PersistentMap[ServiceKey, PersistentMap[str, Endpoint]] = persistent.EMPTY
+        # The services whose own records list a workload's uid.
+        self._listed: PersistentMap[str, tuple[ServiceKey, ...]] = persistent.EMPTY
+        self._policies: PersistentMap[str, Authorization] = persistent.EMPTY
+        self._namespace_policies: PersistentMap[str, tuple[Authorization, ...]] = persistent.EMPTY
+        self._global_policies: tuple[Authorization, ...] = ()
+        # Filled by readers as they ask; a delta carries over what it leaves true.
+        self._endpoints: dict[ServiceKey, Endpoints] = {}
+        self._policy_sets: dict[tuple[str, tuple[str, ...]], PolicySet] = {}
 
     @classmethod
     def of(cls, state: MeshState, version: int = 0) -> Snapshot:
         """Index `state`; `version` is the caller's count of states."""
-        return cls(state, version)
+        return cls.EMPTY.after(MeshDelta.whole(state), version)
+
+    def after(self, delta: MeshDelta, version: int) -> Snapshot:
+        """The snapshot that `delta` leads to."""
+        # Here, for that module needs this one: lookups and writing are two ideas.
+        from meshbpf.agent.core.store_delta import advance
+
+        return advance(self, delta, version)
+
+    # -- everything
+
+    @property
+    def workloads(self) -> Collection[Workload]:
+        """All workloads, in no order that means anything."""
+        return self._workloads.values()
+
+    @property
+    def services(self) -> Collection[Service]:
+        """All services, in no order that means anything."""
+        return self._services.values()
+
+    @property
+    def policies(self) -> Collection[Authorization]:
+        """All policies, in no order that means anything."""
+        return self._policies.values()
 
     # -- workloads
 
     def workload(self, uid: str) -> Workload | None:
         """By its key."""
-        return self._by_uid.get(uid)
+        return self._workloads.get(uid)
 
     def workload_named(self, namespace: str, name: str) -> tuple[Workload, ...]:
         """All workloads of that name: usually one, more when clusters share the state."""
-        return self._by_name.get((namespace, name), ())
+        return self._names.get((namespace, name), ())
 
     def workload_at(self, network: str, ip: IPAddress) -> Workload | None:
         """By address; where several claim it, a Pod wins, then one that speaks HBONE."""
-        return self._by_address.get((network, address_bits(ip)))
+        found = self._addresses.get((network, address_bits(ip)))
+        return found[0] if found else None
 
     def workload_with_hostname(self, namespace: str, hostname: str) -> Workload | None:
         """By the workload's own hostname (not a service's)."""
-        return self._by_hostname.get((namespace, hostname))
+        found = self._hostnames.get((namespace, hostname))
+        return found[0] if found else None
 
     # -- services
 
@@ -110,15 +154,26 @@ class Snapshot:
             best = _best(found, client_namespace)
             if best is not None:
                 return best
-        return self._service_by_range(network, bits, client_namespace) if self._cidrs else None
+        return self._service_by_range(network, bits, client_namespace) if self._ranges else None
 
     def service_with_hostname(self, hostname: str, client_namespace: str | None) -> Service | None:
         """By hostname alone, ranked as `service_at` ranks."""
         return _best(self._services_by_hostname.get(hostname, ()), client_namespace)
 
-    def endpoints(self, service: Service) -> tuple[Endpoint, ...]:
-        """The endpoints that the service's health policy lets be taken."""
-        return self._endpoints.get((service.namespace, service.hostname), ())
+    def policy(self, key: str) -> Authorization | None:
+        """By NAMESPACE/NAME."""
+        return self._policies.get(key)
+
+    def endpoints(self, service: Service) -> Endpoints:
+        """The endpoints that the service's health policy lets be taken.
+
+        Collected when first asked, and again after a change of one of them.
+        """
+        key = (service.namespace, service.hostname)
+        found = self._endpoints.get(key)
+        if found is None:
+            found = self._endpoints[key] = self._collect_endpoints(key)
+        return found
 
     # -- policies
 
@@ -134,83 +189,24 @@ class Snapshot:
             found = self._policy_sets[key] = self._collect_policies(workload)
         return found
 
-    # -- building
+    # -- collecting, once for all who ask
 
-    def _index_workloads(self, workloads: Iterable[Workload]) -> None:
-        self._by_uid: dict[str, Workload] = {}
-        self._by_address: dict[tuple[str, int], Workload] = {}
-        self._by_hostname: dict[tuple[str, str], Workload] = {}
-        by_name: dict[tuple[str, str], list[Workload]] = defaultdict(list)
-        for workload in workloads:
-            self._by_uid[workload.uid] = workload
-            by_name[workload.namespace, workload.name].append(workload)
-            if workload.hostname:
-                self._by_hostname.setdefault((workload.namespace, workload.hostname), workload)
-            if workload.network_mode is NetworkMode.HOST_NETWORK:
-                continue
-            for ip in workload.addresses:
-                key = (workload.network, address_bits(ip))
-                other = self._by_address.get(key)
-                if other is None or address_rank(workload) > address_rank(other):
-                    self._by_address[key] = workload
-        self._by_name = _frozen(by_name)
-
-    def _index_services(self, services: Iterable[Service]) -> None:
-        self._services: dict[tuple[str, str], Service] = {}
-        vips: dict[tuple[str, int], list[Service]] = defaultdict(list)
-        hostnames: dict[str, list[Service]] = defaultdict(list)
-        ranges: dict[int, dict[tuple[str, int], list[Service]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
-        for service in services:
-            self._services[service.namespace, service.hostname] = service
-            hostnames[service.hostname].append(service)
-            for address in service.addresses:
-                vips[address.network, address_bits(address.ip)].append(service)
-            for cidr in service.cidr_addresses:
-                shift, value = prefix_bits(cidr.cidr)
-                ranges[shift][cidr.network, value].append(service)
-        self._vips = _frozen(vips)
-        self._services_by_hostname = _frozen(hostnames)
-        # One table per prefix length, longest first. The shifts of both
-        # families mix: bit 128 keeps their values apart.
-        self._cidrs = tuple((shift, _frozen(ranges[shift])) for shift in sorted(ranges))
-        self._index_endpoints()
-
-    def _index_endpoints(self) -> None:
-        found: dict[tuple[str, str], dict[str, Endpoint]] = defaultdict(dict)
-
-        def add(key: NamespacedHostname, endpoint: ServiceEndpoint) -> None:
-            service = self._services.get((key.namespace, key.hostname))
-            workload = self._by_uid.get(endpoint.workload_uid)
-            if service is None or workload is None:
-                return  # named before it arrived; the state that brings it is indexed anew
-            if endpoint.status is HealthStatus.HEALTHY or _allows_unhealthy(service):
-                found[service.namespace, service.hostname][workload.uid] = Endpoint(
-                    workload, endpoint.ports
-                )
-
-        for service in self.services:
-            for endpoint in service.endpoints:
-                add(service.key, endpoint)
-        for workload in self.workloads:
-            for key, ports in workload.services.items():
-                add(key, ServiceEndpoint(workload.uid, ports, workload.status))
-        self._endpoints = {key: tuple(of.values()) for key, of in found.items()}
-
-    def _index_policies(self, policies: Iterable[Authorization]) -> None:
-        self._policies = {policy.key: policy for policy in policies}
-        self._global_policies: list[Authorization] = []
-        self._namespace_policies: dict[str, list[Authorization]] = defaultdict(list)
-        self._policy_sets: dict[tuple[str, tuple[str, ...]], PolicySet] = {}
-        for policy in self._policies.values():
-            match policy.scope:
-                case PolicyScope.GLOBAL:
-                    self._global_policies.append(policy)
-                case PolicyScope.NAMESPACE:
-                    self._namespace_policies[policy.namespace].append(policy)
-                case PolicyScope.WORKLOAD_SELECTOR:
-                    continue  # found by name, through the workloads that list it
+    def _collect_endpoints(self, key: ServiceKey) -> Endpoints:
+        found: dict[str, Endpoint] = {}
+        service = self._services.get(key)
+        if service is not None:
+            all_of_them = _allows_unhealthy(service)
+            for listed in service.endpoints:
+                workload = self._workloads.get(listed.workload_uid)
+                healthy = listed.status is HealthStatus.HEALTHY
+                if workload is not None and (healthy or all_of_them):
+                    found[workload.uid] = Endpoint(workload, listed.ports)
+            for member in self._members.get(key, persistent.EMPTY).values():
+                if all_of_them or member.workload.status is HealthStatus.HEALTHY:
+                    found[member.workload.uid] = member
+        endpoints = Endpoints(found.values())
+        endpoints.memo = {}
+        return endpoints
 
     def _collect_policies(self, workload: Workload) -> PolicySet:
         chosen = {p.key: p for p in self._namespace_policies.get(workload.namespace, ())}
@@ -223,7 +219,7 @@ class Snapshot:
         self, network: str, bits: int, client_namespace: str | None
     ) -> Service | None:
         longest: Service | None = None
-        for shift, table in self._cidrs:
+        for shift, table in self._ranges:
             found = table.get((network, bits >> shift))
             if found is None:
                 continue
@@ -275,8 +271,4 @@ def _missing_policy(key: str) -> Authorization:
     )
 
 
-def _frozen(lists: dict[K, list[V]]) -> dict[K, tuple[V, ...]]:
-    return {key: tuple(values) for key, values in lists.items()}
-
-
-Snapshot.EMPTY = Snapshot.of(MeshState())
+Snapshot.EMPTY = Snapshot()

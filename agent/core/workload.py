@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 
 from meshbpf.agent.core.address import IPAddress
 from meshbpf.agent.core.identity import DEFAULT_TRUST_DOMAIN, SpiffeId
@@ -135,9 +136,18 @@ class Workload:
 
     def __post_init__(self) -> None:
         """Derive the identity; IdentityError if the parts cannot form one."""
-        identity = SpiffeId(self.trust_domain, self.namespace, self.service_account)
+        identity, alone = _identity(self.trust_domain, self.namespace, self.service_account)
         object.__setattr__(self, "identity", identity)
-        object.__setattr__(self, "identities", frozenset((identity,)))
+        object.__setattr__(self, "identities", alone)
 
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+@lru_cache(maxsize=16384)
+def _identity(
+    trust_domain: str, namespace: str, account: str
+) -> tuple[SpiffeId, frozenset[SpiffeId]]:
+    # Shared by all pods of an account: many times fewer than workloads.
+    identity = SpiffeId(trust_domain, namespace, account)
+    return identity, frozenset((identity,))

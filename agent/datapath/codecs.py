@@ -15,12 +15,15 @@ from ipaddress import (
 )
 from typing import Final
 
+from meshbpf.agent.core.address import PackedPrefix
+
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
 _V4_PREFIX: Final = bytes(10) + b"\xff\xff"
 _V4_PREFIX_BITS: Final = 96
 _GROUP_BITS: Final = 32
+_V6_MASK: Final = (1 << 128) - 1
 
 
 def u32(value: int) -> bytes:
@@ -52,6 +55,15 @@ def prefix(group: int, network: IPNetwork) -> bytes:
     """Key of the tries `mesh` (group 0) and `exempt_cidrs` (the pod's index)."""
     bits = network.prefixlen + (_V4_PREFIX_BITS if network.version == 4 else 0)
     return struct.pack("II", _GROUP_BITS + bits, group) + address(network.network_address)
+
+
+def packed_prefix(group: int, packed: PackedPrefix) -> bytes:
+    """The same key, from a packed prefix."""
+    value, bits = packed >> 8, packed & 0xFF
+    if value >> 128:
+        return struct.pack("II", _GROUP_BITS + bits, group) + (value & _V6_MASK).to_bytes(16, "big")
+    head = struct.pack("II", _GROUP_BITS + _V4_PREFIX_BITS + bits, group)
+    return head + _V4_PREFIX + value.to_bytes(4, "big")
 
 
 def read_prefix(raw: bytes) -> tuple[int, IPNetwork]:

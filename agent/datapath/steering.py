@@ -18,11 +18,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+from meshbpf.agent.core.address import PackedPrefix, packed_network
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath import bpffs, codecs, links, pinned
 from meshbpf.agent.datapath.attaching import Attacher
@@ -78,7 +79,7 @@ class Steering:
         self._memory = self._maps["heartbeat"].mmap()
         self._heart = memoryview(self._memory).cast("Q")
         self._mesh = {
-            network
+            packed_network(network)
             for group, network in map(codecs.read_prefix, self._maps["mesh"].keys())
             if group == _GROUP
         }
@@ -219,28 +220,45 @@ class Steering:
 
     # --- what the hooks look up ---------------------------------------------
 
-    def set_mesh(self, prefixes: Collection[IPNetwork]) -> None:
+    def set_mesh(self, prefixes: Iterable[IPNetwork]) -> None:
+        """`replace_mesh`, for those who have networks."""
+        self.replace_mesh(map(packed_network, prefixes))
+
+    def replace_mesh(self, prefixes: Iterable[PackedPrefix]) -> None:
         """Make these the destinations that go through the agent; only changes are written.
 
         What is new comes before what is old goes. MeshbpfError when the map is full.
         """
         with self._lock:
             wanted = set(prefixes)
+            self.change_mesh(wanted - self._mesh, self._mesh - wanted)
+
+    def change_mesh(
+        self, added: Collection[PackedPrefix], removed: Collection[PackedPrefix]
+    ) -> None:
+        """Add and remove destinations; what is there already, or not there, is passed over.
+
+        What is new comes before what is old goes. MeshbpfError when the map
+        is full: nothing has changed then.
+        """
+        with self._lock:
             mesh = self._maps["mesh"]
-            if len(wanted) > mesh.spec.max_entries:
+            new = [one for one in added if one not in self._mesh]
+            old = [one for one in removed if one in self._mesh]
+            limit = mesh.spec.max_entries
+            if (count := len(self._mesh) + len(new) - len(old)) > limit:
                 raise MeshbpfError(
-                    "mesh-too-large",
-                    f"{len(wanted)} mesh prefixes, and the map takes {mesh.spec.max_entries}",
+                    "mesh-too-large", f"{count} mesh prefixes, and the map takes {limit}"
                 )
-            added = wanted - self._mesh
-            removed = self._mesh - wanted
-            if len(self._mesh) + len(added) > mesh.spec.max_entries:
-                mesh.delete_many(codecs.prefix(_GROUP, one) for one in removed)
-                removed = set()
-            if added:
-                mesh.update_many({codecs.prefix(_GROUP, one): _PRESENT for one in added})
-            mesh.delete_many(codecs.prefix(_GROUP, one) for one in removed)
-            self._mesh = wanted
+            keys = [codecs.packed_prefix(_GROUP, one) for one in old]
+            if len(self._mesh) + len(new) > limit:
+                mesh.delete_many(keys)
+                keys = []
+            if new:
+                mesh.update_many({codecs.packed_prefix(_GROUP, one): _PRESENT for one in new})
+            mesh.delete_many(keys)
+            self._mesh.update(new)
+            self._mesh.difference_update(old)
 
     def beat(self, *, lease_s: float, ahead_s: float = 0.0) -> None:
         """Tell the hooks that the agent lives, and that its state holds for `lease_s` more.

@@ -105,7 +105,7 @@ class Agent:
         self._steering = steering = await trio.to_thread.run_sync(self._open_steering)
         log.info("steering", capture=steering.capture_in_force, reason=steering.capture_reason)
         self.readiness.done("bpf")
-        self._mesh.steer_with(steering.set_mesh)
+        self._mesh.steer_with(steering)
         await self._mesh.apply(state)
         self.readiness.done("mesh-state")
         self._forwarder = Forwarder(

@@ -19,7 +19,6 @@ kernel knows how to handle.
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 import signal
@@ -38,7 +37,7 @@ from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.runtime import attachments, httpd, logs, readiness, supervised
+from meshbpf.agent.runtime import attachments, heap, httpd, logs, readiness, supervised
 from meshbpf.agent.runtime.admin import Admin
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
@@ -187,7 +186,7 @@ async def _main(prepared: Prepared) -> None:
                 work.start_soon(_stop_on_signal, signals, work.cancel_scope)
                 work.start_soon(_stop_when_asked, agent, work.cancel_scope)
                 await agent.start(prepared.state)
-                _settle_memory()
+                heap.settle()
                 work.start_soon(agent.watch)
                 log.info("ready")
                 work.start_soon(supervised.tell, prepared.notifier, agent)
@@ -216,12 +215,6 @@ def _serve_monitoring(services: trio.Nursery, prepared: Prepared, agent: Agent) 
     if prepared.admin_listeners:
         admin = Admin(monitoring.admin_sources(), open_to_all=prepared.settings.admin_open)
         services.start_soon(httpd.serve, prepared.admin_listeners, admin.handle)
-
-
-def _settle_memory() -> None:
-    """Start-up's objects live as long as the agent: take them out of the collector's way."""
-    gc.collect()
-    gc.freeze()
 
 
 def _raise_descriptor_limit() -> None:

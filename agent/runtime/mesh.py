@@ -3,32 +3,49 @@
 A new state reaches the kernel first and the forwarder second: a destination
 that joins the mesh is captured before anything routes to it, while one that
 leaves is simply no longer handed over. Then live connections are judged
-again. Each state is applied whole, one at a time.
+again. Each change is applied whole, one at a time, at a cost that follows the
+change and not the mesh.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
 
 import trio
 
-from meshbpf.agent.core.address import IPNetwork
-from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.core.steering import mesh_prefixes
+from meshbpf.agent.core.address import PackedPrefix
+from meshbpf.agent.core.state import MeshDelta, MeshState
+from meshbpf.agent.core.steering import MeshPrefixes, PrefixChange
 from meshbpf.agent.core.store import Snapshot
-from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.core.store_delta import delta_to
+from meshbpf.agent.runtime import heap
 
-log = Log("mesh")
+
+class Destinations(Protocol):
+    """Where the kernel's list of destinations is kept; both calls block."""
+
+    def replace_mesh(self, prefixes: Iterable[PackedPrefix]) -> None:
+        """Make these all there are."""
+        ...
+
+    def change_mesh(
+        self, added: Collection[PackedPrefix], removed: Collection[PackedPrefix]
+    ) -> None:
+        """Change those that are there."""
+        ...
 
 
 class LiveMesh:
-    """Holds the snapshot that every decision reads."""
+    """Holds the snapshot that every decision reads; the one writer of mesh state."""
 
     def __init__(self, datapath_lock: trio.Lock) -> None:
         self._datapath_lock = datapath_lock
-        self._set_prefixes: Callable[[frozenset[IPNetwork]], None] | None = None
+        self._writing = trio.Lock()
+        self._kernel: Destinations | None = None
+        self._kernel_follows = False
+        self._prefixes = MeshPrefixes()
         self._listeners: list[Callable[[Snapshot], None]] = []
-        self._version = 0
         self.snapshot = Snapshot.EMPTY
 
     def current(self) -> Snapshot:
@@ -39,19 +56,52 @@ class LiveMesh:
         """Call `listener` with each new snapshot, once it is in force."""
         self._listeners.append(listener)
 
-    def steer_with(self, set_prefixes: Callable[[frozenset[IPNetwork]], None]) -> None:
-        """Where the kernel's list of destinations is set (a blocking call)."""
-        self._set_prefixes = set_prefixes
+    def steer_with(self, kernel: Destinations) -> None:
+        """Where the kernel's list of destinations is set.
+
+        The first state replaces what the kernel has, for an earlier agent may
+        have left it there; until then that stands.
+        """
+        self._kernel = kernel
+        self._kernel_follows = False
 
     async def apply(self, state: MeshState) -> None:
-        """Make `state` the one in force. Raises MeshbpfError, and then the old one stays."""
-        version = self._version + 1
-        snapshot = await trio.to_thread.run_sync(Snapshot.of, state, version)
-        if self._set_prefixes is not None:
-            prefixes = await trio.to_thread.run_sync(mesh_prefixes, snapshot)
+        """Make `state` the whole mesh. Raises MeshbpfError, and then the old one stays."""
+        async with self._writing:
+            delta = await trio.to_thread.run_sync(delta_to, self.snapshot, state)
+            await self._apply(delta)
+
+    async def apply_delta(self, delta: MeshDelta) -> None:
+        """Change the mesh by `delta`, whole. Raises MeshbpfError, and then nothing has changed.
+
+        Deltas take effect in the order of the calls. Cancelled, the call may
+        have taken effect or not; a source that goes on sends the delta again.
+        """
+        async with self._writing:
+            await self._apply(delta)
+
+    async def _apply(self, delta: MeshDelta) -> None:
+        old = self.snapshot
+        new, change = await trio.to_thread.run_sync(self._prepare, old, delta)
+        if self._kernel is not None:
             async with self._datapath_lock:
-                await trio.to_thread.run_sync(self._set_prefixes, prefixes)
-        self._version = version
-        self.snapshot = snapshot
+                await trio.to_thread.run_sync(self._steer, change)
+        self._prefixes.commit(change)
+        self.snapshot = new
         for listener in self._listeners:
-            listener(snapshot)
+            listener(new)
+
+    def _prepare(self, old: Snapshot, delta: MeshDelta) -> tuple[Snapshot, PrefixChange]:
+        with heap.undisturbed(len(delta)):
+            new = old.after(delta, old.version + 1)
+            change = self._prefixes.change(old, new, delta)
+        return new, change
+
+    def _steer(self, change: PrefixChange) -> None:
+        assert self._kernel is not None  # noqa: S101 (asked before)
+        if self._kernel_follows:
+            self._kernel.change_mesh(change.added, change.removed)
+        else:
+            wanted = set(self._prefixes).union(change.added).difference(change.removed)
+            self._kernel.replace_mesh(wanted)
+            self._kernel_follows = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshbpf.agent.core.address import unpacked
 from meshbpf.agent.core.steering import mesh_prefixes
 from meshbpf.agent.core.workload import NetworkMode
 from tests.unit.core.builders import gateway, mesh, plain, pod, service
@@ -17,7 +18,7 @@ MESH = mesh(
 
 
 def texts(network: str | None = None) -> set[str]:
-    return {str(prefix) for prefix in mesh_prefixes(MESH, network)}
+    return {str(unpacked(prefix)) for prefix in mesh_prefixes(MESH, network)}
 
 
 def test_members_guarded_workloads_and_virtual_addresses_enter() -> None:
