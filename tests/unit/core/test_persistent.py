@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbpf.agent.core import persistent
@@ -26,6 +26,7 @@ def filled(count: int) -> PersistentMap[str, int]:
 
 
 @given(st.integers(0, 1500), STEPS)
+@settings(max_examples=50, deadline=None)
 def test_a_version_holds_what_a_dictionary_would(count: int, steps: Any) -> None:
     version, model = filled(count), {str(number): number for number in range(count)}
     for step in steps:
