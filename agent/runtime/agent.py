@@ -94,19 +94,26 @@ class Agent:
         self._certificates = CertificateStore(
             EmbeddedIssuer(authority), nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
         )
+        self._source_scope = trio.CancelScope()
         self._register_verbs()
         self.monitoring = Monitoring(self._monitored(), nursery)
 
     # --- life ---------------------------------------------------------------
 
-    async def start(self, state: MeshState) -> None:
-        """Bring everything up. Raises MeshbpfError for what a person must see to."""
+    async def start(self, state: MeshState | None) -> None:
+        """Bring everything up. Raises MeshbpfError for what a person must see to.
+
+        Without a state it waits for the source's first one: until that is in
+        force, pods that an earlier agent left do what their `on_agent_down` says.
+        """
         settings = self._settings
         self._steering = steering = await trio.to_thread.run_sync(self._open_steering)
         log.info("steering", capture=steering.capture_in_force, reason=steering.capture_reason)
         self.readiness.done("bpf")
         self._mesh.steer_with(steering)
-        await self._mesh.apply(state)
+        if state is not None:
+            await self._mesh.apply(state)
+        await self._nursery.start(self._follow_source)
         self.readiness.done("mesh-state")
         self._forwarder = Forwarder(
             self._mesh.current,
@@ -145,13 +152,18 @@ class Agent:
         self.readiness.done("certificates")
 
     async def watch(self) -> None:
-        """Follow the mesh state and the pods' namespaces, until cancelled."""
+        """Follow the pods' namespaces, until cancelled."""
         assert self.pods is not None  # noqa: S101 (after start)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._source.watch, self._mesh.apply)
             nursery.start_soon(self.pods.watch)
             nursery.start_soon(self.monitoring.sweep)
             nursery.start_soon(NamedPods(self.pods, self._locator).run)
+
+    async def _follow_source(
+        self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with self._source_scope:
+            await self._source.watch(self._mesh, task_status=task_status)
 
     async def stop(self) -> None:
         """End in the order that the kernel side needs; attachments remain.
@@ -159,6 +171,7 @@ class Agent:
         Call it shielded: it takes 3 s at most, most of it a forwarder's goodbye.
         """
         self.readiness.require("running", lambda: False)
+        self._source_scope.cancel()
         waits = self._bequeath()
         if self.pods is not None:
             if self.pods.any_open() and not waits:

@@ -62,7 +62,7 @@ class Prepared:
     state_dir: StateDir
     authority: CertificateAuthority
     source: MeshSource
-    state: MeshState
+    state: MeshState | None
     control: ControlServer
     control_listener: socket.socket
     readiness_listener: socket.socket

@@ -27,7 +27,7 @@ from meshbpf.agent.runtime import manifest_files
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.manifest_files import Signature
-from meshbpf.agent.runtime.mesh_source import Apply, SourceStatistics
+from meshbpf.agent.runtime.mesh_source import MeshWriter, SourceStatistics
 
 POLL_S = 0.3
 SETTLE_S = 0.15
@@ -101,12 +101,15 @@ class ManifestSource:
         self._accept(standing, read_at)
         return standing.translation.state
 
-    async def watch(self, apply: Apply) -> None:
-        """Hand each new good state to `apply`, until cancelled.
+    async def watch(
+        self, mesh: MeshWriter, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Put each new good state into `mesh`, until cancelled.
 
-        `apply` may raise MeshbpfError: the state then counts as refused and
+        `mesh` may raise MeshbpfError: the state then counts as refused and
         is offered again when a file changes next.
         """
+        task_status.started()
         while True:
             await trio.sleep(POLL_S)
             try:
@@ -118,13 +121,13 @@ class ManifestSource:
                 self._readable, self.error = True, None
                 log.info("mesh manifests are back", directory=self._path)
             if files != self._seen:
-                await self._reload(files, apply)
+                await self._reload(files, mesh)
 
     def statistics(self) -> SourceStatistics:
         """Counters since the start."""
         return SourceStatistics(self._loads, self._refused)
 
-    async def _reload(self, files: Files, apply: Apply) -> None:
+    async def _reload(self, files: Files, mesh: MeshWriter) -> None:
         await trio.sleep(SETTLE_S)
         if not await self._same(files):
             return  # being written: look again at the next poll
@@ -140,7 +143,7 @@ class ManifestSource:
         self._file_errors.update(errors)
         try:
             standing = await trio.to_thread.run_sync(self._standing)
-            await apply(standing.translation.state)
+            await mesh.apply(standing.translation.state)
         except MeshbpfError as error:
             self._refuse(error)
             return

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+import trio
+
 from meshbpf.agent.api import StateKind
 from meshbpf.agent.core.errors import MeshbpfError
-from meshbpf.agent.core.state import MeshState
+from meshbpf.agent.core.state import MeshDelta, MeshState
 
-Apply = Callable[[MeshState], Awaitable[None]]
-"""Makes a state the one in force; MeshbpfError when it cannot be."""
+
+class MeshWriter(Protocol):
+    """Where a source puts what it has (`LiveMesh`)."""
+
+    async def apply(self, state: MeshState) -> None:
+        """Make `state` the whole mesh; MeshbpfError when it cannot be, and then nothing changed."""
+
+    async def apply_delta(self, delta: MeshDelta) -> None:
+        """Change the mesh by `delta`; MeshbpfError when it cannot be, and then nothing changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +54,19 @@ class MeshSource(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What is wrong with parts of a content that is in force otherwise."""
 
-    def load(self) -> MeshState:
-        """The first read, at start, before the event loop: ConfigError says what is wrong."""
+    def load(self) -> MeshState | None:
+        """The first read, at start, before the event loop: ConfigError says what is wrong.
 
-    async def watch(self, apply: Apply) -> None:
-        """Hand each new good state to `apply`, until cancelled."""
+        None where it takes a conversation; `watch` then brings the first state.
+        """
+
+    async def watch(
+        self, mesh: MeshWriter, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Put each new good state into `mesh`, until cancelled.
+
+        Tells that it has started once a first state is in force, be it from `load`.
+        """
 
     def statistics(self) -> SourceStatistics:
         """Counters since the start."""

@@ -28,7 +28,7 @@ from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.logs import Log
-from meshbpf.agent.runtime.mesh_source import Apply, SourceStatistics
+from meshbpf.agent.runtime.mesh_source import MeshWriter, SourceStatistics
 
 POLL_S = 0.3
 SETTLE_S = 0.15
@@ -84,12 +84,15 @@ class LocalXdsSource:
         self._accept(read_at)
         return state
 
-    async def watch(self, apply: Apply) -> None:
-        """Hand each new good state to `apply`, until cancelled.
+    async def watch(
+        self, mesh: MeshWriter, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Put each new good state into `mesh`, until cancelled.
 
-        `apply` may raise MeshbpfError: the state then counts as refused and
+        `mesh` may raise MeshbpfError: the state then counts as refused and
         is offered again when the file changes next.
         """
+        task_status.started()
         while True:
             await trio.sleep(POLL_S)
             found = self._signature()
@@ -98,13 +101,13 @@ class LocalXdsSource:
                 continue
             if found == self._seen and self._readable:
                 continue
-            await self._reload(found, apply)
+            await self._reload(found, mesh)
 
     def statistics(self) -> SourceStatistics:
         """Counters since the start."""
         return SourceStatistics(self._loads, self._refused)
 
-    async def _reload(self, found: Signature, apply: Apply) -> None:
+    async def _reload(self, found: Signature, mesh: MeshWriter) -> None:
         await trio.sleep(SETTLE_S)
         if self._signature() != found:
             return  # being written: look again at the next poll
@@ -120,7 +123,7 @@ class LocalXdsSource:
                 return
             self._seen = found
             state = await trio.to_thread.run_sync(self._parse, text)
-            await apply(state)
+            await mesh.apply(state)
         except MeshbpfError as error:
             self._refuse(error)
         else:

@@ -83,7 +83,7 @@ async def watched(path: Path) -> AsyncIterator[Watched]:
     it = Watched(source)
     it.states.append(names(source.load()))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(source.watch, it.apply)
+        nursery.start_soon(source.watch, it)
         yield it
         nursery.cancel_scope.cancel()
 
