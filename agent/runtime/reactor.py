@@ -33,6 +33,8 @@ from typing import Any, Protocol
 import trio
 from trio.lowlevel import RunVar
 
+from meshbpf.agent.runtime import native
+
 log = logging.getLogger(__name__)
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -78,6 +80,8 @@ class Reactor:
         self._epoll = epoll
         self._callbacks: dict[int, Callback] = {}
         self._turns: list[Turn] = []
+        self.engine: native.Engine | None = None
+        """What deals with usual events in C, where there is such a thing."""
 
     def add(self, fd: int, callback: Callback, *, writing: bool = False) -> None:
         """Call `callback` whenever `fd` becomes readable, ends or breaks; at once if it is.
@@ -98,6 +102,13 @@ class Reactor:
     def remove(self, fd: int) -> None:
         """No more calls. The kernel forgets the socket when it is closed, which comes next."""
         self._callbacks.pop(fd, None)
+        if self.engine is not None:
+            self.engine.forget(fd)
+
+    def accelerate(self, handle: native.Handle) -> None:
+        """Have the engine act on what it can, before the callback of the handle's descriptor."""
+        if self.engine is not None:
+            self.engine.watch(handle)
 
     def again(self, turn: Turn) -> None:
         """Call `turn` once, after the sockets that are ready now."""
@@ -163,7 +174,9 @@ class _Inlet:
 
     def __init__(self, epoll: select.epoll, runnable: Sized) -> None:
         self.reactor = _Inside(epoll)
-        self._poll = epoll.poll
+        engine = self.reactor.engine = native.engine(epoll)
+        log.info("the relay's loop is in %s", "Python" if engine is None else "C")
+        self._poll = epoll.poll if engine is None else engine.poll
         self._runnable = runnable
         # The rest is trio's alone.
         self.register = epoll.register
@@ -180,11 +193,7 @@ class _Inlet:
             reactor.finish()
             if self._runnable:
                 timeout = 0
-            busy = reactor.waiting
-            events = self._poll(0 if busy else timeout, maxevents)
-            if not (events or busy):
-                return events
-            others = reactor.serve(events)
+            others = reactor.serve(self._poll(0 if reactor.waiting else timeout, maxevents))
             if others or self._runnable:
                 return others
             timeout = deadline - time.monotonic()

@@ -4,7 +4,7 @@ No task moves bytes; the reactor's callbacks do. Towards the tunnel, `_pump`
 reads no more than the peer's windows and the tunnel's socket let it pass on
 at once, so it never holds a byte. Towards the app, the tunnel calls `on_data`,
 which writes straight to the app's socket; what the app does not take waits
-in `_pending`, at most a stream window of it, until the socket is writable
+in `pending`, at most a stream window of it, until the socket is writable
 again. Bytes are credited to the peer only once the app's socket has them.
 That is the whole of the backpressure.
 
@@ -57,7 +57,7 @@ class TunnelStream:
         "_app_ended",
         "_finished",
         "_local_ended",
-        "_pending",
+        "pending",
         "_reactor",
         "_readable",
         "_remote_ended",
@@ -88,7 +88,8 @@ class TunnelStream:
         """It has its end, or an error, to read: a short read is not the last."""
         self._watching = False
         """The reactor calls for writability too."""
-        self._pending = bytearray()
+        self.pending = bytearray()
+        """What the app did not take yet."""
         self._local_ended = False
         self._remote_ended = False
         self._answered: trio.Event | None = None
@@ -121,8 +122,9 @@ class TunnelStream:
         """
         self._app = app
         self._finished = trio.Event()
+        self.tunnel.accelerate(self, app)
         self._reactor.add(app.fileno(), self._on_app)
-        if self._pending or self._remote_ended:
+        if self.pending or self._remote_ended:
             self._guarded(self._drain)
         await self._finished.wait()
 
@@ -147,7 +149,7 @@ class TunnelStream:
 
     def _on_app(self, flags: int) -> None:
         """Something happened to the app's socket."""
-        if self._pending and flags & reactor.WRITABLE:
+        if self.pending and flags & reactor.WRITABLE:
             self._guarded(self._drain)
         if flags & reactor.READABLE:
             self._readable = True
@@ -246,9 +248,9 @@ class TunnelStream:
         if self.failure:
             self.tunnel.credit(self, size)
             return
-        if app is None or self._pending:
+        if app is None or self.pending:
             for view in views:
-                self._pending += view
+                self.pending += view
             return
         if len(views) > _GATHER_LIMIT:
             views = [memoryview(b"".join(views))]
@@ -257,7 +259,16 @@ class TunnelStream:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            self.app_failed(error)
+            self.settle(views, size, 0, error)
+        else:
+            self.settle(views, size, sent, None)
+
+    def settle(self, views: list[memoryview], size: int, sent: int, error: OSError | None) -> None:
+        """Account for an attempt to write `views` to the app: `sent` of `size` bytes went."""
+        app = self._app
+        if error is not None or app is None:
+            if error is not None:
+                self.app_failed(error)
             self.tunnel.credit(self, size)
             return
         self.sent_to_app.total += sent
@@ -265,7 +276,7 @@ class TunnelStream:
         if sent < size:
             for view in views:
                 if sent < len(view):
-                    self._pending += view[sent:]
+                    self.pending += view[sent:]
                     sent = 0
                 else:
                     sent -= len(view)
@@ -274,12 +285,17 @@ class TunnelStream:
     def on_end(self) -> None:
         """The peer sends no more: the app gets a FIN after what is pending."""
         self._remote_ended = True
-        if self._app is not None and not self._pending:
+        if self._app is not None and not self.pending:
             self._shut_down(self._app)
 
     def on_reset(self, reason: str) -> None:
         """The stream is gone, or the tunnel with it."""
         self._fail(reason)
+
+    def native_failed(self, error: BaseException) -> None:
+        """The engine met a bug of ours: it costs one connection, and is seen."""
+        log.error("stream %d: %s", self.id, error, exc_info=error)
+        self._fail("internal error")
 
     # --- helpers ------------------------------------------------------------
 
@@ -294,9 +310,9 @@ class TunnelStream:
             self._scope.cancel()
 
     def _discard_pending(self) -> None:
-        dropped = len(self._pending)
+        dropped = len(self.pending)
         if dropped:
-            self._pending = bytearray()
+            self.pending = bytearray()
             self.tunnel.credit(self, dropped)
 
     def _watch_writable(self, app: socket.socket) -> None:
@@ -309,14 +325,14 @@ class TunnelStream:
         app = self._app
         if app is None:
             return
-        while self._pending:
+        while self.pending:
             try:
-                with memoryview(self._pending) as pending, pending[:READ_BYTES] as head:
+                with memoryview(self.pending) as pending, pending[:READ_BYTES] as head:
                     sent = app.send(head)
             except BlockingIOError:
                 self._watch_writable(app)
                 return
-            del self._pending[:sent]
+            del self.pending[:sent]
             self.sent_to_app.total += sent
             self.tunnel.credit(self, sent)
         if self._remote_ended:
@@ -336,5 +352,5 @@ class TunnelStream:
         self._check_finished()
 
     def _check_finished(self) -> None:
-        if self.complete and not self._pending and not self.failure and self._finished is not None:
+        if self.complete and not self.pending and not self.failure and self._finished is not None:
             self._finished.set()

@@ -24,7 +24,7 @@ from h2.errors import ErrorCodes
 
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
-from meshbpf.agent.runtime import reactor
+from meshbpf.agent.runtime import native, reactor
 from meshbpf.agent.runtime.scratch import SCRATCH, Layout
 from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.wire.errors import PeerError, TlsError, WireError
@@ -63,6 +63,17 @@ class TunnelStatistics:
     backlog_bytes: int
     pooled: bool
     going_away: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TunnelParts:
+    """A tunnel's inside, for native.py alone: the C code works on the same objects."""
+
+    tls: tuple[int, int, int] | None
+    wire: HboneConnection
+    turn: dict[TunnelStream, None]
+    backlog: deque[memoryview]
+    fast: dict[int, native.Handle]
 
 
 class Tunnel:
@@ -109,6 +120,9 @@ class Tunnel:
         self._heard = True
         """Something was received since the last PING was sent."""
         self._idle_since: float | None = None
+        self._fast: dict[int, native.Handle] = {}
+        """The engine's handles of open streams."""
+        self.handle: native.Handle | None = None
 
     # --- for the pool and the owners ----------------------------------------
 
@@ -179,6 +193,47 @@ class Tunnel:
         self._end_reason = reason
         self._ending = True
         self._scope.cancel()
+
+    # --- for the relay in C ---------------------------------------------------
+
+    def parts(self) -> TunnelParts:
+        """What it works on."""
+        return TunnelParts(
+            self._channel.addresses(), self._wire, self._turn, self._backlog, self._fast
+        )
+
+    def accelerate(self, stream: TunnelStream, app: socket.socket) -> None:
+        """Let the engine carry the usual bytes of an open stream, if there is an engine."""
+        if self.handle is not None and not self.closed:
+            handle = native.stream_handle(stream, self.handle, app)
+            if handle is not None:
+                self._fast[stream.id] = handle
+                self.reactor.accelerate(handle)
+
+    def act(self, plaintext: memoryview) -> None:
+        """Act on received plaintext that the engine left to us."""
+        self._guarded(lambda: self._act(plaintext))
+
+    def tls_failed(self, result: int) -> None:
+        """An OpenSSL function returned `result` to the engine."""
+        self._guarded(lambda: self._channel.failed(result))
+
+    def broken(self, error: OSError) -> None:
+        """The socket returned an error to the engine."""
+        if not self._ending:
+            self._end(error)
+
+    def native_failed(self, error: BaseException) -> None:
+        """The engine met a bug of ours: it costs one tunnel, and is seen."""
+        log.error("tunnel with %s: %s", self._peer_name(), error, exc_info=error)
+        self.close("internal error")
+
+    def _accelerate(self) -> None:
+        engine = self.reactor.engine
+        if engine is not None:
+            self.handle = native.tunnel_handle(self, engine, self._sock)
+            if self.handle is not None:
+                self.reactor.accelerate(self.handle)
 
     # --- for streams --------------------------------------------------------
 
@@ -255,6 +310,7 @@ class Tunnel:
             with self._scope:
                 # What followed the handshake in the same segment is here already.
                 self._guarded(self._process)
+                self._accelerate()
                 self.reactor.add(self._sock.fileno(), self._on_socket, writing=True)
                 await self._keep_alive()
             code = ErrorCodes.NO_ERROR
@@ -276,6 +332,8 @@ class Tunnel:
         if self._on_unusable is not None:
             self._on_unusable(self)
         self.reactor.remove(self._sock.fileno())
+        self.handle = None
+        self._fast.clear()
         self._sock.close()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
@@ -332,13 +390,16 @@ class Tunnel:
         """Decrypt and act on all that has been received."""
         plaintext = SCRATCH.plaintext
         while size := self._channel.read_into(plaintext):
-            for event in self._wire.receive(plaintext[:size]):
-                self._on_event(event)
+            self._act(plaintext[:size])
             if size < len(plaintext):
                 break
         # What TLS itself may have to say (a key update) goes with our next word.
         if self._wire.out:
             self._send_control()
+
+    def _act(self, plaintext: memoryview) -> None:
+        for event in self._wire.receive(plaintext):
+            self._on_event(event)
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -384,6 +445,7 @@ class Tunnel:
                 stream.resume()
 
     def _drop(self, stream: TunnelStream) -> None:
+        self._fast.pop(stream.id, None)
         self._turn.pop(stream, None)
         self._windowless.pop(stream, None)
         if self._streams.pop(stream.id, None) is not None and not self._streams:

@@ -101,10 +101,10 @@ class HboneConnection:
         self._server = server
         self._h2 = H2State(server=server)
         self._encoder = LiteralEncoder()
-        self._splitter = FrameSplitter(server=server, max_frame_bytes=MAX_FRAME_BYTES)
+        self.splitter = FrameSplitter(server=server, max_frame_bytes=MAX_FRAME_BYTES)
         self._streams: dict[int, _Stream] = {}
-        self._send = SendWindow(DEFAULT_WINDOW_BYTES)
-        self._receive = ReceiveWindow(CONNECTION_WINDOW_BYTES)
+        self.send_window = self._send = SendWindow(DEFAULT_WINDOW_BYTES)
+        self.receive_window = self._receive = ReceiveWindow(CONNECTION_WINDOW_BYTES)
         self._peer_initial_window = DEFAULT_WINDOW_BYTES
         self._next_stream_id = 1
         self._highest_seen = 0
@@ -187,6 +187,11 @@ class HboneConnection:
         self._send.use(size)
         write_header(buffer, offset, size, FrameType.DATA, 0, stream_id)
 
+    def stream_windows(self, stream_id: int) -> tuple[SendWindow, ReceiveWindow] | None:
+        """A stream's own windows; None when it has gone."""
+        stream = self._streams.get(stream_id)
+        return None if stream is None else (stream.send, stream.receive)
+
     def send_data(self, stream_id: int, payload: bytes) -> None:
         """The slow way to send: copy one frame's payload to `out`."""
         head = bytearray(HEADER_BYTES)
@@ -247,7 +252,7 @@ class HboneConnection:
         events: list[Event] = []
         gathering: DataReceived | None = None
         size = 0
-        for piece in self._splitter.feed(data):
+        for piece in self.splitter.feed(data):
             if isinstance(piece, Frame):
                 gathering = None
                 self._on_frame(piece, events)

@@ -11,6 +11,7 @@ everything is where it was and falls back; both are tested alike.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 from OpenSSL import SSL
@@ -52,6 +53,24 @@ class Records(Protocol):
     def take_into(self, buffer: memoryview) -> int:
         """Move ciphertext that is to be sent into `buffer`; 0 when there is none."""
         ...
+
+
+@functools.cache
+def function_addresses() -> tuple[int, ...] | None:
+    """Where _FUNCTIONS are in memory, in their order, for the relay in C; None when unknown.
+
+    They are those of the library that pyOpenSSL uses: its binding tells.
+    """
+    try:
+        from cryptography.hazmat.bindings._rust import _openssl  # noqa: PLC0415
+    except ImportError:
+        return None
+    binding: Any = _openssl
+    try:
+        pointers = [binding.ffi.addressof(binding.lib, name) for name in _FUNCTIONS]
+        return tuple(int(binding.ffi.cast("uintptr_t", pointer)) for pointer in pointers)
+    except (AttributeError, TypeError):
+        return None
 
 
 def records_for(connection: SSL.Connection) -> Records:
@@ -113,6 +132,16 @@ class DirectRecords:
         self._into_ssl = private._into_ssl
         self._from_ssl = private._from_ssl
         self._raise_ssl_error = private._raise_ssl_error
+
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the connection and its two BIOs, in and out, are in memory."""
+        pointers = (self._ssl, self._into_ssl, self._from_ssl)
+        ssl, into, out = (int(_ffi.cast("uintptr_t", pointer)) for pointer in pointers)
+        return ssl, into, out
+
+    def fail(self, result: int) -> None:
+        """Raise what an SSL function meant that returned `result` to somebody else."""
+        self._raise_ssl_error(self._ssl, result)
 
     def feed(self, ciphertext: memoryview) -> None:
         """See Records."""

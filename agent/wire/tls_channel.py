@@ -14,7 +14,7 @@ from OpenSSL import SSL
 
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.wire.errors import TlsError, UsageError
-from meshbpf.agent.wire.records import records_for
+from meshbpf.agent.wire.records import DirectRecords, records_for
 from meshbpf.agent.wire.tls import Expectation
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,23 @@ class TlsChannel:
         while size := self._records.take_into(buffer):
             taken += buffer[:size]
         return bytes(taken)
+
+    def addresses(self) -> tuple[int, int, int] | None:
+        """Where OpenSSL keeps the connection, for the relay in C; see DirectRecords."""
+        records = self._records
+        return records.addresses() if isinstance(records, DirectRecords) else None
+
+    def failed(self, result: int) -> None:
+        """Raise TlsError for an OpenSSL function that was called elsewhere and returned `result`."""
+        records = self._records
+        try:
+            if isinstance(records, DirectRecords):
+                records.fail(result)
+        except SSL.ZeroReturnError:
+            raise TlsError("tls-closed", "the peer closed the TLS connection") from None
+        except SSL.Error as error:
+            raise self._fault("record", error) from error
+        raise TlsError("tls-record", "TLS failed without a reason")
 
     def close(self) -> None:
         """Say close_notify, if the connection still can."""

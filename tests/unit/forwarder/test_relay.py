@@ -153,7 +153,7 @@ async def test_a_reader_that_stops_holds_the_sender_and_no_memory(rig: Rig) -> N
                 await client.send_all(bytes(MIB))
                 sent += MIB
         (stream,) = streams_with_app()
-        assert 0 < len(stream._pending) <= 4 * MIB
+        assert 0 < len(stream.pending) <= 4 * MIB
         assert sent < 100 * MIB
         stopped = stream.sent_to_app.total
         await trio.sleep(0.2)

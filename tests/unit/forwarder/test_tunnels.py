@@ -113,7 +113,7 @@ async def test_a_peer_that_falls_silent_ends_the_tunnel(
         assert await client.receive_some(1) == b"y"
         (theirs,) = [each for each in _live_tunnels() if each._server]
         # The peer's process hangs: its kernel still takes the bytes.
-        monkeypatch.setattr(theirs, "_process", lambda: None)
+        theirs.reactor.remove(theirs._sock.fileno())
         monkeypatch.setattr(theirs, "_send_control", lambda: None)
         await expect_reset(client, within_s=10)
 
