@@ -6,6 +6,13 @@ from meshbpf.agent.l7.authn.source import authentication
 from meshbpf.agent.l7.authz.source import authorization
 from meshbpf.agent.l7.rate_limit import rate_limits
 from meshbpf.agent.l7.sources import FilterSource
+from meshbpf.agent.l7.telemetry.source import telemetry
 from meshbpf.agent.l7.wasm.source import wasm_plugins
 
-SOURCES: tuple[FilterSource, ...] = (authentication, authorization, rate_limits, wasm_plugins)
+SOURCES: tuple[FilterSource, ...] = (
+    authentication,
+    authorization,
+    rate_limits,
+    wasm_plugins,
+    telemetry,
+)
