@@ -25,6 +25,8 @@ import msgspec
 API_VERSION = "meshbpf/v1"
 CONTROL_SOCKET = "control.sock"
 """Name of the control socket inside the state directory."""
+CNI_SOCKET = "cni.sock"
+"""Where the CNI plugin finds the agent, in the same place and form."""
 MAX_REQUEST_BYTES = 64 * 1024
 """A request line longer than this is refused: the largest real one (attach
 with a long list of exempt CIDRs) has a few kilobytes."""

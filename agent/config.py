@@ -112,6 +112,8 @@ class Settings:
     """The container runtime's; by default the first known one that is there."""
     account_wait_s: float = 5.0
     """How long an attach by name waits for the mesh state to name the pod."""
+    enrol: bool = False
+    """Attach the pods of this node that the mesh state enrols, without being asked."""
     log_level: LogLevel = "info"
     log_format: LogFormat = "plain"
     origins: Mapping[str, str] = field(default_factory=dict)

@@ -132,6 +132,7 @@ KEYS: tuple[Key, ...] = (
     Key("heartbeat-limit", "heartbeat_limit_s", _DURATION, _duration),
     Key("cri-socket", "cri_socket", str, Path),
     Key("account-wait", "account_wait_s", _DURATION, _duration),
+    Key("enrol", "enrol", bool, _as_is),
     Key("readiness-port", "readiness_port", int, _as_is),
     Key("admin-port", "admin_port", int, _as_is),
     Key("admin-open", "admin_open", bool, _as_is),

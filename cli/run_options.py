@@ -130,6 +130,12 @@ _OPTIONS: tuple[Any, ...] = (
         help="How long an attach by name waits for the mesh state to name the pod.  [default: 5s]",
     ),
     click.option(
+        "--enrol",
+        is_flag=True,
+        default=None,
+        help="Attach this node's pods that the mesh state enrols, found by the container runtime.",
+    ),
+    click.option(
         "--admin-port",
         type=click.IntRange(0, 65_535),
         metavar="PORT",

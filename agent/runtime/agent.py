@@ -15,6 +15,7 @@ import trio
 
 import meshbpf
 from meshbpf.agent import api
+from meshbpf.agent.api_cni import CniRequest
 from meshbpf.agent.config import Settings
 from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import MeshbpfError
@@ -23,6 +24,7 @@ from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.datapath.steering import Capture, Steering
 from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_now
+from meshbpf.agent.runtime.cni import CniService
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer, counters, error_body, summed
 from meshbpf.agent.runtime.cri import CriClient
@@ -32,6 +34,7 @@ from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
 from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.logs import Log, LogWriter
+from meshbpf.agent.runtime.membership import Membership
 from meshbpf.agent.runtime.mesh import LiveMesh
 from meshbpf.agent.runtime.mesh_source import MeshSource
 from meshbpf.agent.runtime.monitoring import Monitoring, Parts
@@ -39,6 +42,7 @@ from meshbpf.agent.runtime.named_pods import NamedPods
 from meshbpf.agent.runtime.pod import Pod
 from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.readiness import Readiness
+from meshbpf.agent.runtime.reconcile import Reconciler
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.traffic_metrics import check_allowed
@@ -62,6 +66,7 @@ class Agent:
         authority: CertificateAuthority,
         source: MeshSource,
         control: ControlServer,
+        cni: ControlServer,
         writer: LogWriter,
         nursery: trio.Nursery,
         store: FdStore,
@@ -95,6 +100,9 @@ class Agent:
             EmbeddedIssuer(authority), nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
         )
         self._source_scope = trio.CancelScope()
+        self._membership = Membership(source, self._mesh.current, settings.node)
+        self._cni = CniService(self._membership, self._pods_when_running, self.readiness.pending)
+        cni.handle(CniRequest, self._cni.handle)
         self._register_verbs()
         self.monitoring = Monitoring(self._monitored(), nursery)
 
@@ -158,6 +166,10 @@ class Agent:
             nursery.start_soon(self.pods.watch)
             nursery.start_soon(self.monitoring.sweep)
             nursery.start_soon(NamedPods(self.pods, self._locator).run)
+            if self._settings.enrol:
+                reconciler = Reconciler(self._membership, self.pods, self._locator, self._source)
+                self._mesh.on_change(reconciler.stir)
+                nursery.start_soon(reconciler.run)
 
     async def _follow_source(
         self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -404,6 +416,7 @@ class Agent:
     def _counters(self) -> dict[str, dict[str, int | float]]:
         parts: dict[str, DataclassInstance] = {
             "certificates": self._certificates.statistics(),
+            "cni": self._cni.statistics(),
             "connections": self._connections.statistics(),
             "control": self._control.statistics(),
             "logs": self._writer.statistics(),

@@ -37,7 +37,7 @@ from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.runtime import attachments, heap, httpd, logs, readiness, supervised
+from meshbpf.agent.runtime import attachments, cni, heap, httpd, logs, readiness, supervised
 from meshbpf.agent.runtime.admin import Admin
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
@@ -65,6 +65,8 @@ class Prepared:
     state: MeshState | None
     control: ControlServer
     control_listener: socket.socket
+    cni: ControlServer
+    cni_listener: socket.socket
     readiness_listener: socket.socket
     stats_listeners: list[socket.socket]
     admin_listeners: list[socket.socket]
@@ -140,6 +142,13 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
     control = ControlServer(state_dir.control_socket)
     control_listener = control.open()
     stack.callback(control_listener.close)
+    plugin = ControlServer(
+        state_dir.cni_socket,
+        max_clients=cni.MAX_CLIENTS,
+        max_request_bytes=cni.MAX_REQUEST_BYTES,
+    )
+    cni_listener = plugin.open()
+    stack.callback(cni_listener.close)
     log.info(
         "starting",
         version=meshbpf.__version__,
@@ -157,6 +166,8 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
         state=state,
         control=control,
         control_listener=control_listener,
+        cni=plugin,
+        cni_listener=cni_listener,
         readiness_listener=readiness_listener,
         stats_listeners=stats_listeners,
         admin_listeners=admin_listeners,
@@ -175,12 +186,14 @@ async def _main(prepared: Prepared) -> None:
                 prepared.authority,
                 prepared.source,
                 prepared.control,
+                prepared.cni,
                 prepared.logs,
                 services,
                 prepared.store,
             )
             services.start_soon(readiness.serve, prepared.readiness_listener, agent.readiness)
             services.start_soon(prepared.control.serve, prepared.control_listener)
+            services.start_soon(prepared.cni.serve, prepared.cni_listener)
             _serve_monitoring(services, prepared, agent)
             async with trio.open_nursery() as work:
                 work.start_soon(_stop_on_signal, signals, work.cancel_scope)

@@ -49,6 +49,10 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The runtime's id of the pod's life that is attached; empty while none runs."""
     uid: str = ""
     cgroup: str = ""
+    enrolled: bool = False
+    """Attached because its labels say so, and detached when they do not any more."""
+    container: str = ""
+    """Enrolled by CNI: the id under which the runtime will ask for its removal."""
 
     @property
     def name(self) -> PodName:

@@ -26,7 +26,6 @@ import trio
 
 from meshbpf.agent.api import (
     MAX_REQUEST_BYTES,
-    REQUESTS,
     ErrorBody,
     ReplyEnvelope,
     Request,
@@ -71,19 +70,28 @@ class ControlStatistics:
 class ControlServer:
     """Answers requests with the handlers that were registered."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_clients: int = MAX_CLIENTS,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+    ) -> None:
         self._path = path
-        self._handlers: dict[str, Handler] = {}
-        self._slots = trio.CapacityLimiter(MAX_CLIENTS)
+        self._max_clients = max_clients
+        self._max_request_bytes = max_request_bytes
+        self._handlers: dict[str, tuple[type[Request[Any]], Handler]] = {}
+        self._slots = trio.CapacityLimiter(max_clients)
         self._requests = self._failed = self._forbidden = self._turned_away = 0
 
     def handle(self, request: type[Request[R]], handler: Callable[[Any], Awaitable[R]]) -> None:
         """Answer `request` with `handler`, which may raise MeshbpfError."""
-        self._handlers[request.VERB] = handler
+        self._handlers[request.VERB] = request, handler
 
     async def ask(self, request: Request[R]) -> R:
         """The answer to a request of this process itself. Raises what the handler raises."""
-        answer: R = await self._handlers[request.VERB](request)  # type: ignore[assignment]
+        _kind, handler = self._handlers[request.VERB]
+        answer: R = await handler(request)  # type: ignore[assignment]
         return answer
 
     def open(self) -> socket.socket:
@@ -96,7 +104,7 @@ class ControlServer:
             listener.bind(str(self._path))
             # Nobody can connect before listen(), so there is no moment of 0755.
             self._path.chmod(0o600)
-            listener.listen(MAX_CLIENTS)
+            listener.listen(self._max_clients)
         except OSError as error:
             listener.close()
             raise MeshbpfError(
@@ -148,7 +156,7 @@ class ControlServer:
         except trio.WouldBlock:
             self._turned_away += 1
             raise MeshbpfError(
-                "busy", f"{MAX_CLIENTS} clients are being served", "try again in a moment"
+                "busy", f"{self._max_clients} clients are being served", "try again in a moment"
             ) from None
 
     async def _serve_client(self, stream: trio.SocketStream) -> None:
@@ -156,7 +164,7 @@ class ControlServer:
         while True:
             with trio.move_on_after(CLIENT_IDLE_S) as idle:
                 try:
-                    line = await _read_line(stream, received)
+                    line = await _read_line(stream, received, self._max_request_bytes)
                 except trio.BrokenResourceError:
                     return
                 except UsageError as error:
@@ -193,14 +201,14 @@ class ControlServer:
     def _understand(self, line: bytes) -> tuple[Handler, object]:
         try:
             envelope = msgspec.json.decode(line, type=RequestEnvelope)
-            kind = REQUESTS.get(envelope.verb)
-            handler = self._handlers.get(envelope.verb)
-            if kind is None or handler is None:
+            known = self._handlers.get(envelope.verb)
+            if known is None:
                 raise UsageError(
                     "unknown-verb",
                     f"the agent does not know {envelope.verb!r}",
                     f"it knows: {', '.join(sorted(self._handlers))}",
                 )
+            kind, handler = known
             return handler, msgspec.json.decode(envelope.args, type=kind)
         except msgspec.DecodeError as error:
             raise UsageError(
@@ -236,12 +244,14 @@ def summed(parts: Iterable[Mapping[str, int | float]]) -> dict[str, int | float]
     return dict(total)
 
 
-async def _read_line(stream: trio.SocketStream, received: bytearray) -> bytes | None:
+async def _read_line(
+    stream: trio.SocketStream, received: bytearray, most_bytes: int
+) -> bytes | None:
     """The next line without its end; None at the end of the stream."""
     searched = 0
     while (end := received.find(b"\n", searched)) < 0:
-        if len(received) > MAX_REQUEST_BYTES:
-            raise UsageError("request-too-long", f"a request may have {MAX_REQUEST_BYTES} bytes")
+        if len(received) > most_bytes:
+            raise UsageError("request-too-long", f"a request may have {most_bytes} bytes")
         searched = len(received)
         data = await stream.receive_some(_READ_BYTES)
         if not data:

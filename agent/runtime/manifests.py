@@ -19,6 +19,7 @@ import trio
 
 from meshbpf.agent.core.errors import ConfigError, MeshbpfError
 from meshbpf.agent.core.kube_cluster import Cluster, Problem
+from meshbpf.agent.core.kube_names import CORE
 from meshbpf.agent.core.kube_state import ClusterState, Standing
 from meshbpf.agent.core.manifest import parse_manifest
 from meshbpf.agent.core.objects import KubeObject, ObjectKey, ObjectSet
@@ -55,7 +56,7 @@ class ManifestSource:
         self._twice: tuple[Problem, ...] = ()
         self._problems: tuple[Problem, ...] = ()
         self._loads = self._refused = 0
-        self.objects = ObjectSet.EMPTY
+        self.objects: ObjectSet | None = ObjectSet.EMPTY
         """Those in force, for whoever reads kinds that are not the mesh's."""
         self.loaded_at: datetime | None = None
         self.error: MeshbpfError | None = None
@@ -74,6 +75,10 @@ class ManifestSource:
     def healthy(self) -> bool:
         """The directory can be read. A bad content is no illness of the source."""
         return self._readable
+
+    async def find_pod(self, namespace: str, name: str) -> KubeObject | None:
+        """As the manifests have it."""
+        return None if self.objects is None else self.objects.get(CORE, "Pod", namespace, name)
 
     def warnings(self) -> tuple[str, ...]:
         """What is wrong with single files and objects."""

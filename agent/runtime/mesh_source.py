@@ -10,6 +10,7 @@ import trio
 
 from meshbpf.agent.api import StateKind
 from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.objects import KubeObject, ObjectSet
 from meshbpf.agent.core.state import MeshDelta, MeshState
 
 
@@ -50,6 +51,13 @@ class MeshSource(Protocol):
     @property
     def healthy(self) -> bool:
         """It can be read. A bad content is no illness of the source."""
+
+    @property
+    def objects(self) -> ObjectSet | None:
+        """The Kubernetes objects in force; None where the source has none."""
+
+    async def find_pod(self, namespace: str, name: str) -> KubeObject | None:
+        """One Pod, asked for at its origin where it may be newer than `objects`."""
 
     def warnings(self) -> tuple[str, ...]:
         """What is wrong with parts of a content that is in force otherwise."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import trio
@@ -97,21 +98,48 @@ class PodManager:
         where = await self._locator.locate(request)
         await self._await_mesh(request, where)
         async with self._lock:
-            self._refuse_when_stopping()
             wanted = plan(request, where, self._settings, self._mesh(), utc_now())
-            self._refuse_taken(wanted)
-            pod = self._pods.get(wanted.pod)
-            if pod is None:
-                pod = await self._start(wanted)
+            outcome, pod = await self._make_so(wanted)
+            return AttachResult(outcome=outcome, pod=describe(pod))
+
+    async def enrol(self, request: AttachRequest, where: Located, container: str = "") -> Pod:
+        """Steer a pod whose labels ask for it; `container` is CNI's id of it, if CNI asks."""
+        async with self._lock:
+            wanted = plan(request, where, self._settings, self._mesh(), utc_now())
+            wanted = msgspec.structs.replace(wanted, enrolled=True, container=container)
+            _outcome, pod = await self._make_so(wanted)
+            return pod
+
+    async def release(self, leave: Callable[[Attachment], bool]) -> Sequence[str]:
+        """Stop steering every pod for which `leave` says so; their names."""
+        async with self._lock:
+            self._refuse_when_stopping()
+            gone = [pod for pod in self._pods.values() if leave(pod.attachment)]
+            for pod in gone:
+                await self._stop(pod)
+                log.info("pod released", pod=pod.key)
+            if gone:
                 await self._save()
-                log.info("pod attached", pod=pod.key, netns=wanted.netns, identity=pod.identity)
-                return AttachResult(outcome="attached", pod=describe(pod))
-            if pod.attached and _same(pod.attachment, wanted):
-                return AttachResult(outcome="unchanged", pod=describe(pod))
-            pod = await self._replace(pod, wanted)
+        return [pod.key for pod in gone]
+
+    async def _make_so(
+        self, wanted: Attachment
+    ) -> tuple[Literal["attached", "unchanged", "updated"], Pod]:
+        """What `wanted` asks for, under the lock."""
+        self._refuse_when_stopping()
+        self._refuse_taken(wanted)
+        pod = self._pods.get(wanted.pod)
+        if pod is None:
+            pod = await self._start(wanted)
             await self._save()
-            log.info("pod attached anew", pod=pod.key, netns=wanted.netns, identity=pod.identity)
-            return AttachResult(outcome="updated", pod=describe(pod))
+            log.info("pod attached", pod=pod.key, netns=wanted.netns, identity=pod.identity)
+            return "attached", pod
+        if pod.attached and _same(pod.attachment, wanted):
+            return "unchanged", pod
+        pod = await self._replace(pod, wanted)
+        await self._save()
+        log.info("pod attached anew", pod=pod.key, netns=wanted.netns, identity=pod.identity)
+        return "updated", pod
 
     async def detach(self, text: str) -> DetachResult:
         """Stop steering a pod. One that the mesh knows but we do not steer is no error."""

@@ -1,7 +1,7 @@
 """The state directory: one agent's home on disk, and its lock.
 
-Holds `lock` (flock), `agent-id`, `attachments.json`, `control.sock` and
-`cache/` (compiled programs). It is made 0700 and must belong to the agent's
+Holds `lock` (flock), `agent-id`, `attachments.json`, `control.sock`,
+`cni.sock` and `cache/` (compiled programs). It is made 0700 and must belong to the agent's
 user: whoever can write here can name pods to attach. flock and not a pid
 file: the kernel drops the lock with the process, however it dies.
 """
@@ -16,7 +16,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbpf.agent.api import CONTROL_SOCKET
+from meshbpf.agent.api import CNI_SOCKET, CONTROL_SOCKET
 from meshbpf.agent.core.errors import ConfigError, MeshbpfError, PrivilegeError
 
 _AGENT_ID = re.compile(r"[0-9a-f]{16}")
@@ -45,6 +45,11 @@ class StateDir:
     def control_socket(self) -> Path:
         """Where the CLI finds this agent."""
         return self.path / CONTROL_SOCKET
+
+    @property
+    def cni_socket(self) -> Path:
+        """Where the CNI plugin finds this agent."""
+        return self.path / CNI_SOCKET
 
     @classmethod
     def open(cls, path: Path) -> StateDir:

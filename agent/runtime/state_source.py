@@ -25,6 +25,7 @@ import trio
 
 from meshbpf.agent.core.errors import ConfigError, MeshbpfError
 from meshbpf.agent.core.local_xds import parse_local_xds
+from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.logs import Log
@@ -58,6 +59,15 @@ class LocalXdsSource:
     def kind(self) -> Literal["local-xds"]:
         """What kind of place it is."""
         return "local-xds"
+
+    @property
+    def objects(self) -> None:
+        """There are none in this format."""
+        return None
+
+    async def find_pod(self, namespace: str, name: str) -> KubeObject | None:
+        """There are none in this format."""
+        return None
 
     def warnings(self) -> tuple[str, ...]:
         """The file is taken whole or refused whole: nothing is ever wrong with a part."""

@@ -131,6 +131,7 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--log-level", "debug", "--log-format", "json"),
         *("--admin-port", "0", "--admin-open", "--stats-port", "15120"),
         *("--metric-label", "reporter", "--metrics-grace", "1m"),
+        "--enrol",
         *("--cri-socket", "/run/cri", "--account-wait", "2s"),
         *("--no-dns", "--cluster-domain", "k8s.example"),
     )

@@ -1,0 +1,50 @@
+"""Pods that come and go by the hundred: the time of each call of the plugin, and what is left."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cni.plugin import Plugin
+from tests.cni.test_verbs import pins
+from tests.testbed import Testbed
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+ROUNDS = 500
+WINDOW_S = 60.0
+
+
+def test_500_pods_come_and_go_in_a_minute_and_nothing_is_left(
+    bed: Testbed, plugin: Plugin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pods = [bed.add_pod(f"rate{number}", 1) for number in range(10)]
+    bed.wait_mesh()
+    agent = bed.agents[1]
+    before = pins(agent.agent_id())
+    descriptors = len(list(Path(f"/proc/{agent.pid}/fd").iterdir()))
+    took_ms: dict[str, list[float]] = {"ADD": [], "DEL": []}
+    began = time.monotonic()
+    for number in range(ROUNDS):
+        pod, container = pods[number % len(pods)], f"c{number}"
+        for command in ("ADD", "DEL"):
+            at = time.monotonic()
+            done = plugin.run(command, pod.name, pod.netns, container)
+            took_ms[command].append((time.monotonic() - at) * 1000)
+            assert done.status == 0, done.text
+    whole_s = time.monotonic() - began
+    with capsys.disabled():
+        for command, values in took_ms.items():
+            cuts = statistics.quantiles(values, n=100)
+            print(f"\n{command}: p50 {cuts[49]:.1f} ms, p99 {cuts[98]:.1f} ms", end="")
+        print(f"; {ROUNDS} pods in {whole_s:.1f} s")
+    assert whole_s < WINDOW_S
+    assert pins(agent.agent_id()) == before
+    assert json.loads((agent.state_dir / "attachments.json").read_text())["attachments"] == []
+    assert len(list(Path(f"/proc/{agent.pid}/fd").iterdir())) <= descriptors + 5
+    for pod in pods:
+        bed.remove_pod(pod)
