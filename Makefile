@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint types unit bpf netns containerd peers slow deb nspawn bench bench-quick fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
+.PHONY: help ready setup demo test lint types unit bpf netns containerd peers slow cni cni-test deb nspawn bench bench-quick fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -47,6 +47,12 @@ peers:  ## programs that are not ours against our HBONE (ZTUNNEL=PATH adds ztunn
 
 slow:  ## the long cases: gigabytes, thousands of streams, leak rounds
 	@$(PY) -m pytest -m slow tests
+
+cni:  ## the CNI plugin, as build/meshbpf-cni
+	@mkdir -p build && gcc -static -Os -Wall -Wextra -Werror -s -o build/meshbpf-cni packaging/cni/meshbpf-cni.c
+
+cni-test:  ## each verb of the plugin, and pods that a real containerd makes with it
+	@$(PY) -m pytest -m "cni and not slow" tests/cni tests/containerd
 
 deb:  ## the Debian package, in dist/
 	@packaging/build

@@ -47,6 +47,7 @@ COMMANDS = dict(
         _entry("check", "Say what this machine can do, and what it lacks."),
         _entry("config", "Check or show the agent's configuration."),
         _entry("ca", "Create, import or show the embedded CA."),
+        _entry("cni", "Chain the CNI plugin into this node, or take it out."),
         _entry("completion", "Print a shell's completion script."),
         _entry("version", "Show the versions of the command and the agent."),
     ]

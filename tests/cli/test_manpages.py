@@ -17,8 +17,9 @@ def test_every_command_has_a_page_with_all_its_options(tmp_path: Path) -> None:
     verbs = {f"meshbpf-{name}" for name in COMMANDS}
     of_ca = {f"meshbpf-ca-{verb}" for verb in ("init", "import", "show")}
     of_config = {f"meshbpf-config-{verb}" for verb in ("check", "view")}
+    of_cni = {f"meshbpf-cni-{verb}" for verb in ("install", "uninstall")}
     pages = {page.stem for page in tmp_path.iterdir()}
-    assert pages == {"meshbpf"} | verbs | of_ca | of_config
+    assert pages == {"meshbpf"} | verbs | of_ca | of_config | of_cni
     attach = (tmp_path / "meshbpf-attach.8").read_text()
     for option in ("pod", "netns", "exempt\\-port", "on\\-agent\\-down", "state\\-dir"):
         assert f"\n.B \\-\\-{option}" in attach or f", \\-\\-{option}" in attach

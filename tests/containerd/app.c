@@ -3,6 +3,7 @@
 //
 //   pause            does nothing until it is told to stop: a sandbox's first process
 //   serve PORT NAME  answers each TCP connection with "NAME CLIENT\n" and an echo
+//   dial HOST PORT   calls at once, again until it is answered, and prints the answer
 //
 // As process 1 of a container it must ask for SIGTERM, and bury its children.
 #include <arpa/inet.h>
@@ -61,6 +62,30 @@ static int serve(int port, const char *name)
 	}
 }
 
+// The first thing that the pod's first process does is to send a SYN.
+static void dial(const char *host, int port)
+{
+	struct sockaddr_in there = { .sin_family = AF_INET, .sin_port = htons(port) };
+	struct timeval limit = { .tv_sec = 1 };
+	char text[256];
+
+	inet_pton(AF_INET, host, &there.sin_addr);
+	for (int i = 0; i < 200; i++) {
+		int fd = socket(AF_INET, SOCK_STREAM, 0);
+		ssize_t got;
+
+		setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+		setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+		if (connect(fd, (struct sockaddr *)&there, sizeof(there)) == 0 &&
+		    (got = read(fd, text, sizeof(text))) > 0) {
+			if (write(1, text, got) == got)
+				return;
+		}
+		close(fd);
+		usleep(100000);
+	}
+}
+
 int main(int argc, char **argv)
 {
 	signal(SIGTERM, stop);
@@ -68,6 +93,8 @@ int main(int argc, char **argv)
 	signal(SIGCHLD, bury);
 	if (argc == 4 && strcmp(argv[1], "serve") == 0)
 		return serve(atoi(argv[2]), argv[3]);
+	if (argc == 4 && strcmp(argv[1], "dial") == 0)
+		dial(argv[2], atoi(argv[3]));
 	for (;;)
 		pause();
 }

@@ -31,8 +31,8 @@ from tests.testbed import Agent, Testbed, _ip
 class CriBed(Testbed):
     """The namespaces, runtimes and agents of one tag."""
 
-    def __init__(self, tag: str) -> None:
-        super().__init__(tag)
+    def __init__(self, tag: str, *, manifests: bool = False) -> None:
+        super().__init__(tag, manifests=manifests)
         self.runtimes = {node: Containerd(self.directory, tag, node) for node in (1, 2)}
         self.made: list[Made] = []
         """What the mesh file names."""

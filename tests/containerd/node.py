@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,9 +137,15 @@ class Containerd:
     # --- pods ---------------------------------------------------------------
 
     def run_pod(
-        self, name: str, *, attempt: int = 0, host_network: bool = False, serve: bool = True
+        self,
+        name: str,
+        *,
+        attempt: int = 0,
+        host_network: bool = False,
+        serve: bool = True,
+        args: Sequence[str] = (),
     ) -> Made:
-        """A pod as the kubelet makes it: labels, uid, cgroup; and a server in it."""
+        """A pod as the kubelet makes it: labels, uid, cgroup; and a server in it, or `args`."""
         self._serial += 1
         uid = f"{self.tag}{self.node}-{self._serial}"
         mode = cri_pb2.NODE if host_network else cri_pb2.POD
@@ -163,7 +170,7 @@ class Containerd:
         )
         sandbox = answer.pod_sandbox_id
         if serve:
-            self._start_server(sandbox, config, name)
+            self._start_app(sandbox, config, args or ("serve", str(PORT), name))
         status = self._status(sandbox)
         info = json.loads(status.info["info"])
         namespaces = info["runtimeSpec"]["linux"]["namespaces"]
@@ -174,13 +181,15 @@ class Containerd:
         ip = status.status.network.ip
         return Made(name, self.node, sandbox, uid, netns, ip, info["pid"])
 
-    def _start_server(self, sandbox: str, config: cri_pb2.PodSandboxConfig, name: str) -> None:
+    def _start_app(
+        self, sandbox: str, config: cri_pb2.PodSandboxConfig, args: Sequence[str]
+    ) -> None:
         container = cri_pb2.ContainerConfig(
             metadata=cri_pb2.ContainerMetadata(name="app"),
             image=cri_pb2.ImageSpec(image=IMAGE),
             command=["/app"],
-            args=["serve", str(PORT), name],
-            log_path=f"{name}.log",
+            args=args,
+            log_path=f"{config.metadata.name}.log",
         )
         made = self.call(
             "CreateContainer",
@@ -240,9 +249,13 @@ class Containerd:
     # --- files --------------------------------------------------------------
 
     def _configure(self) -> None:
-        for name in ("root", "state", "net.d", "netns", "logs"):
+        for name in ("root", "state", "net.d", "netns", "logs", "cni"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         here = self.directory
+        for plugin in Path("/usr/lib/cni").iterdir():
+            # Links, so that a test may put one more beside them.
+            with contextlib.suppress(FileExistsError):
+                (here / "cni" / plugin.name).symlink_to(plugin)
         (here / "config.toml").write_text(f"""\
 version = 2
 root = "{here}/root"
@@ -254,7 +267,7 @@ state = "{here}/state"
   restrict_oom_score_adj = true
   sandbox_image = "{IMAGE}"
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/usr/lib/cni"
+    bin_dir = "{here}/cni"
     conf_dir = "{here}/net.d"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
@@ -278,7 +291,9 @@ state = "{here}/state"
                 }
             ],
         }
-        (here / "net.d" / "10-pods.conflist").write_text(json.dumps(network))
+        path = here / "net.d" / "10-pods.conflist"
+        if not path.exists():  # a runtime that is restarted finds what was there
+            path.write_text(json.dumps(network))
 
 
 def _processes_naming(text: str) -> list[int]:
