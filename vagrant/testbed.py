@@ -100,7 +100,7 @@ class Node:
         return answer
 
     def ready(self) -> bool:
-        return self.try_run("meshbpf status -o name").returncode == 0
+        return self.try_run("meshbpf status").returncode == 0
 
     def unit(self, name: str, prop: str) -> str:
         return self.run(f"systemctl show --value --property={prop} {name}").strip()

@@ -131,7 +131,11 @@ class PodManager:
         pod = self._pods.get(wanted.pod)
         if pod is None:
             pod = await self._start(wanted)
-            await self._save()
+            try:
+                await self._save("not attached, since a restart would not know of it")
+            except MeshbpfError:
+                await self._stop(pod)
+                raise
             log.info("pod attached", pod=pod.key, netns=wanted.netns, identity=pod.identity)
             return "attached", pod
         if pod.attached and _same(pod.attachment, wanted):
@@ -387,14 +391,14 @@ class PodManager:
     def _identity(self, attachment: Attachment) -> SpiffeId:
         return identity(attachment, self._settings, self._mesh())
 
-    async def _save(self) -> None:
+    async def _save(self, otherwise: str = "done, but a restart would not know of it") -> None:
         current = [pod.attachment for pod in self._pods.values()]
         try:
             await trio.to_thread.run_sync(attachments.save, self._path, current)
         except OSError as error:
             raise MeshbpfError(
                 "attachments-not-saved",
-                f"{self._path}: {error.strerror}: done, but a restart would not know of it",
+                f"{self._path}: {error.strerror}: {otherwise}",
                 "make room on the disk, then repeat the command",
             ) from error
 

@@ -11,19 +11,23 @@ import json
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 STOP = Path("/run/testbed-stop")
 WHOAMI = 7009
 TEXT = b"marker-plaintext " * 64
 
 
-def once(address: str, port: int, limit_s: float) -> dict:
+def once(address: str, port: int, limit_s: float) -> dict[str, Any]:
     began = time.monotonic()
     try:
         with socket.create_connection((address, port), limit_s) as sock:
             if port == WHOAMI:
                 with sock.makefile() as file:
-                    return json.loads(file.readline())
+                    told: dict[str, Any] = json.loads(file.readline())
+                    return told
+            # Asked now: once both ends have closed there is no peer any more.
+            ends = {"local": sock.getsockname()[0], "peer": sock.getpeername()[0]}
             sock.sendall(TEXT)
             sock.shutdown(socket.SHUT_WR)
             got = b""
@@ -31,13 +35,13 @@ def once(address: str, port: int, limit_s: float) -> dict:
                 got += data
             if got != TEXT:
                 raise OSError(f"{len(got)} of {len(TEXT)} bytes came back")
-            return {"local": sock.getsockname()[0], "peer": sock.getpeername()[0]}
+            return ends
     except (OSError, ValueError) as error:
         took = round(time.monotonic() - began, 2)
         return {"error": f"{type(error).__name__}: {error}", "seconds": took}
 
 
-def again(address: str, port: int, limit_s: float) -> dict:
+def again(address: str, port: int, limit_s: float) -> dict[str, Any]:
     done, failed, slowest = 0, [], 0.0
     print("started", flush=True)
     while not STOP.exists():
@@ -57,7 +61,7 @@ def again(address: str, port: int, limit_s: float) -> dict:
     }
 
 
-def hold(address: str, port: int, limit_s: float, count: int) -> dict:
+def hold(address: str, port: int, limit_s: float, count: int) -> dict[str, Any]:
     socks = [socket.create_connection((address, port), limit_s) for _ in range(count)]
     ended = 0
     print("started", flush=True)

@@ -14,10 +14,13 @@ import json
 import socket
 import sys
 import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import trio
+from google.protobuf.message import Message
 
 from meshbpf.agent.runtime.grpc_client import Channel, open_channel
 from meshbpf.agent.wire import cri
@@ -28,6 +31,8 @@ IMAGE = "meshbpf.local/server:1"
 # An emulated machine takes seconds for what takes another one 0.1 s.
 LIMIT_S = 120.0
 
+M = TypeVar("M", bound=Message)
+
 
 class Runtime:
     """The calls that make and remove a pod."""
@@ -35,10 +40,12 @@ class Runtime:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    async def _ask(self, method, request, answer):
+    async def _ask(self, method: str, request: Message, answer: type[M]) -> M:
         path = f"runtime.v1.RuntimeService/{method}"
         data = await self._channel.unary(path, request.SerializeToString(), timeout_s=LIMIT_S)
-        return answer.FromString(data)
+        made = answer()
+        made.ParseFromString(data)
+        return made
 
     async def sandboxes(self, namespace: str = "", name: str = "") -> list[cri_pb2.PodSandbox]:
         request = cri_pb2.ListPodSandboxRequest()
@@ -51,12 +58,18 @@ class Runtime:
 
     async def make(self, namespace: str, name: str) -> None:
         """A sandbox and, in it, the server."""
-        metadata = cri_pb2.PodSandboxMetadata(
-            name=name, namespace=namespace, uid=str(uuid.uuid4()), attempt=0
-        )
+        uid = str(uuid.uuid4())
+        metadata = cri_pb2.PodSandboxMetadata(name=name, namespace=namespace, uid=uid, attempt=0)
+        # With the systemd driver a pod's cgroup is a slice, called as the kubelet calls it.
+        pod_slice = f"kubepods-besteffort-pod{uid.replace('-', '_')}.slice"
+        cgroup = f"/kubepods.slice/kubepods-besteffort.slice/{pod_slice}"
         labels = {cri.POD_NAME_LABEL: name, cri.POD_NAMESPACE_LABEL: namespace}
         config = cri_pb2.PodSandboxConfig(
-            metadata=metadata, hostname=name, labels=labels, log_directory=f"/var/log/pods/{name}"
+            metadata=metadata,
+            hostname=name,
+            labels=labels,
+            log_directory=f"/var/log/pods/{name}",
+            linux=cri_pb2.LinuxPodSandboxConfig(cgroup_parent=cgroup),
         )
         sandbox = await self._ask(
             "RunPodSandbox",
@@ -95,11 +108,11 @@ class Runtime:
         request = cri_pb2.PodSandboxStatusRequest(pod_sandbox_id=sandbox_id, verbose=True)
         answer = await self._ask("PodSandboxStatus", request, cri_pb2.PodSandboxStatusResponse)
         spec = json.loads(answer.info["info"])["runtimeSpec"]["linux"]["namespaces"]
-        return next(entry["path"] for entry in spec if entry["type"] == "network")
+        return str(next(entry["path"] for entry in spec if entry["type"] == "network"))
 
 
 @asynccontextmanager
-async def runtime():
+async def runtime() -> AsyncIterator[Runtime]:
     stream = await trio.open_unix_socket(SOCKET)
     async with open_channel(stream, "localhost") as channel:
         yield Runtime(channel)
@@ -135,4 +148,9 @@ async def netns(key: str) -> None:
 
 if __name__ == "__main__":
     verb, *words = sys.argv[1:]
-    trio.run({"make": make, "remove": remove, "netns": netns}[verb], *words)
+    verbs: dict[str, Callable[..., Awaitable[None]]] = {
+        "make": make,
+        "remove": remove,
+        "netns": netns,
+    }
+    trio.run(verbs[verb], *words)

@@ -6,7 +6,8 @@ agents stay ready, and pods of one node still reach each other.
 
 from vagrant.testbed import ECHO, PODS, Testbed, eventually, expect
 
-_CUT = "ip route {0} blackhole 198.18.80.11/32; ip -6 route {0} blackhole fd00:6d62:80::11/128"
+# The pods of node1, by halves of their networks: longer prefixes than the routes to them.
+_CUT = "ip route {0} blackhole 198.18.1.0/25; ip -6 route {0} blackhole fd00:6d62:1::/65"
 _LIMIT_S = 60.0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import socket
@@ -51,7 +52,7 @@ from meshbpf.agent.runtime.pods import PodManager
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
-TAG = "apunit"
+TAG = f"apunit{os.getpid()}"
 
 
 @pytest.fixture
@@ -251,6 +252,23 @@ async def test_an_attached_pod_is_served_recorded_and_has_a_certificate(
         assert it.server.serving == ["web/a as shop"]
         assert it.recorded() == ["web/a"]
         assert it.identities() == ["shop"]
+
+
+async def test_an_attach_that_cannot_be_written_down_is_undone(
+    tmp_path: Path, netns: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with node(tmp_path) as it:
+        path = netns("a")
+        with monkeypatch.context() as patch:
+            patch.setattr("meshbpf.agent.runtime.attachments.save", full)
+            with pytest.raises(MeshbpfError, match="not attached") as caught:
+                await it.attach("a", path)
+        assert caught.value.code == "attachments-not-saved"
+        assert (it.states(), it.server.serving, it.kernel.pods) == ({}, [], {})
+        assert (await it.attach("a", path)).outcome == "attached"
 
 
 async def test_the_same_attach_again_changes_nothing(
