@@ -34,6 +34,7 @@ def _entry(name: str, summary: str) -> tuple[str, Entry]:
 COMMANDS = dict(
     [
         _entry("run", "Run the node agent."),
+        _entry("waypoint", "Run a waypoint: routes and policy for HTTP."),
         _entry("attach", "Steer a pod's connections through the agent."),
         _entry("detach", "Stop steering a pod, and leave no trace."),
         _entry("status", "Show whether the agent is ready, and why not."),

@@ -31,6 +31,7 @@ from meshbpf.agent.core.routing import to_endpoint
 from meshbpf.agent.core.service import Endpoint, LoadBalancerMode, Service
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.l7.exchange import Connection
 
 FAILURES = 5  # Envoy's consecutive_gateway_failure
 EJECTION_S = 30.0  # Envoy's base_ejection_time
@@ -58,7 +59,7 @@ class Choice:
 
     route: HboneRoute | PlainRoute
     workload: Workload
-    service: Service
+    service: Service | None
     load: Load
 
 
@@ -172,6 +173,21 @@ class Balancer:
         if isinstance(route, Refused):
             return route
         return Choice(route, workload, service, self._load(endpoint, port))
+
+
+def pod_choice(
+    mesh: Snapshot, own: Workload, connection: Connection, rng: random.Random
+) -> Choice | Refused:
+    """A pod that was addressed itself is the only endpoint there is."""
+    address = connection.destination.address
+    if address is None:
+        return Refused("no address was asked for", "no-address")
+    workload = mesh.workload_at(own.network, address.ip)
+    if workload is None:
+        return Refused(f"{address} has left the mesh", "unknown-workload")
+    lookup = Lookup(NO_NAMES, rng)
+    route = to_endpoint(workload, None, address.ip, address.port, INTERNAL_PORTS, lookup)
+    return route if isinstance(route, Refused) else Choice(route, workload, None, Load())
 
 
 def session_of(workload: Workload) -> str:

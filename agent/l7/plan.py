@@ -60,8 +60,14 @@ class WaypointPlan:
     services: Mapping[NamespacedHostname, ServicePlan] = field(default_factory=dict)
     pods: Chain = field(default_factory=Chain)
     """For pods that are addressed themselves: no routes, only what the Gateway has."""
+    protocols: Mapping[NamespacedHostname, Mapping[int, Protocol]] = field(default_factory=dict)
+    """Declared protocols of all services, also of those that are only backends here."""
     problems: tuple[Problem, ...] = ()
     version: int = 0
+
+    def protocol(self, service: NamespacedHostname, port: int) -> Protocol | None:
+        """What a port speaks, if that is declared."""
+        return self.protocols.get(service, {}).get(port)
 
 
 EMPTY = WaypointPlan()

@@ -85,15 +85,19 @@ class Planner:
         services = {each.key: each for each in mesh.services if bound(each)}
         places = self._attach(objects, mesh, gateway, services, problems)
         plans: dict[NamespacedHostname, ServicePlan] = {}
+        protocols = {self._key_of(each): declared(each) for each in objects.of_kind("", "Service")}
         for key, service in services.items():
-            about = objects.get("", "Service", service.namespace, service.name)
-            protocols = {} if about is None else declared(about)
-            ports = {port: _port(places, key, port, protocols.get(port)) for port in service.ports}
+            spoken = protocols.get(key, {})
+            ports = {port: _port(places, key, port, spoken.get(port)) for port in service.ports}
             chain = self._chain(objects, gateway, service, problems)
             plans[key] = ServicePlan(service, ports, chain)
         pods = self._chain(objects, gateway, None, problems)
         # Several destinations find the same fault of one policy.
-        return WaypointPlan(plans, pods, tuple(dict.fromkeys(problems)), self._version)
+        return WaypointPlan(plans, pods, protocols, tuple(dict.fromkeys(problems)), self._version)
+
+    def _key_of(self, service: KubeObject) -> NamespacedHostname:
+        hostname = f"{service.name}.{service.namespace}.svc.{self._cluster_domain}"
+        return NamespacedHostname(service.namespace, hostname)
 
     # -- routes
 

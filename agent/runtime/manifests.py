@@ -148,6 +148,8 @@ class ManifestSource:
         self._file_errors.update(errors)
         try:
             standing = await trio.to_thread.run_sync(self._standing)
+            # Whoever reads other kinds does it as a part of `apply`.
+            self.objects = standing.objects
             await mesh.apply(standing.translation.state)
         except MeshbpfError as error:
             self._refuse(error)

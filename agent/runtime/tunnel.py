@@ -88,7 +88,9 @@ class Tunnel:
         server: bool,
         on_request: Callable[[Tunnel, RequestReceived, TunnelStream], None] | None = None,
         on_unusable: Callable[[Tunnel], None] | None = None,
+        stream_type: type[TunnelStream] = TunnelStream,
     ) -> None:
+        self._stream_type = stream_type
         self.nursery = nursery
         """Where stream handlers run: it outlives the tunnel."""
         self.reactor = reactor.current()
@@ -168,7 +170,7 @@ class Tunnel:
     def open(self, headers: Headers) -> TunnelStream:
         """Ask the peer for a stream. Raises WireError when the tunnel takes none."""
         stream_id = self._wire.open(headers)
-        stream = TunnelStream(self, stream_id)
+        stream = self._stream_type(self, stream_id)
         self._streams[stream_id] = stream
         self._idle_since = None
         self._send_control()
@@ -267,6 +269,15 @@ class Tunnel:
             self._transmit()
         else:
             self._transmit_soon()
+        self.pass_turn()
+
+    def send_bytes(self, stream: TunnelStream, payload: bytes | bytearray | memoryview) -> None:
+        """Send what is in memory already: at most `send_budget`, at most `max_frame_bytes`.
+
+        It leaves with all else that is said in this round.
+        """
+        self._wire.send_data(stream.id, payload)
+        self._transmit_soon()
         self.pass_turn()
 
     def wait_turn(self, stream: TunnelStream) -> None:
@@ -412,7 +423,7 @@ class Tunnel:
             case SendWindowOpened():
                 self._on_window(event.stream_id)
             case RequestReceived(stream_id):
-                stream = TunnelStream(self, stream_id)
+                stream = self._stream_type(self, stream_id)
                 self._streams[stream_id] = stream
                 if self._on_request is not None:
                     self._on_request(self, event, stream)

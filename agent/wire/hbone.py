@@ -192,7 +192,7 @@ class HboneConnection:
         stream = self._streams.get(stream_id)
         return None if stream is None else (stream.send, stream.receive)
 
-    def send_data(self, stream_id: int, payload: bytes) -> None:
+    def send_data(self, stream_id: int, payload: bytes | bytearray | memoryview) -> None:
         """The slow way to send: copy one frame's payload to `out`."""
         head = bytearray(HEADER_BYTES)
         self.write_data_header(head, 0, stream_id, len(payload))

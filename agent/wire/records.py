@@ -62,7 +62,7 @@ def function_addresses() -> tuple[int, ...] | None:
     They are those of the library that pyOpenSSL uses: its binding tells.
     """
     try:
-        from cryptography.hazmat.bindings._rust import _openssl  # noqa: PLC0415
+        from cryptography.hazmat.bindings._rust import _openssl
     except ImportError:
         return None
     binding: Any = _openssl

@@ -30,10 +30,11 @@ class Pod:
     index: int
     service_account: str
     captured: bool
+    namespace: str = NAMESPACE
 
     @property
     def key(self) -> str:
-        return f"{NAMESPACE}/{self.name}"
+        return f"{self.namespace}/{self.name}"
 
     @property
     def ipv4(self) -> str:
@@ -45,11 +46,11 @@ class Pod:
 
     @property
     def hostname(self) -> str:
-        return f"{self.name}.{NAMESPACE}.svc.cluster.local"
+        return f"{self.name}.{self.namespace}.svc.cluster.local"
 
     @property
     def identity(self) -> str:
-        return f"spiffe://{TRUST_DOMAIN}/ns/{NAMESPACE}/sa/{self.service_account}"
+        return f"spiffe://{TRUST_DOMAIN}/ns/{self.namespace}/sa/{self.service_account}"
 
     @property
     def veth(self) -> str:

@@ -1,0 +1,1 @@
+"""The waypoint's process: listeners, tunnels, HTTP connections, pools; decisions are l7's."""

@@ -1,0 +1,103 @@
+"""Opaque connections: judged once, sent to a backend by weight, then left alone."""
+
+from __future__ import annotations
+
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.route import Refused
+from meshbpf.agent.l7.balancer import Choice, pod_choice
+from meshbpf.agent.l7.exchange import Connection
+from meshbpf.agent.l7.filter import Chain, Reply
+from meshbpf.agent.l7.plan import PortPlan
+from meshbpf.agent.l7.rules import Backend, Shares
+from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.waypoint.channel import BrokenError, Channel
+from meshbpf.agent.runtime.waypoint.opaque import Carried, join
+from meshbpf.agent.runtime.waypoint.proxy import Proxy
+
+log = Log("waypoint")
+
+_TRIES = 3
+"""No byte has been sent before a connection stands, so another endpoint may be tried."""
+
+
+async def serve_tcp(
+    proxy: Proxy,
+    connection: Connection,
+    chain: Chain,
+    port: PortPlan,
+    client: Channel,
+    received: bytes,
+) -> None:
+    """Carry one connection to its end; the client's side is closed in any case."""
+    carried = Carried()
+    try:
+        for hook in chain.connect:
+            outcome = hook(connection)
+            if isinstance(outcome, Reply):
+                log.info(
+                    "connection refused",
+                    source=connection.caller.address,
+                    destination=connection.destination.authority,
+                    cause=outcome.detail,
+                )
+                return
+        endpoint = await _connect(proxy, connection, port)
+        if endpoint is not None:
+            await join(client, endpoint, carried, to_other=received)
+    except BrokenError as error:
+        log.debug("connection broke", cause=error, destination=connection.destination.authority)
+    finally:
+        client.close()
+
+
+async def _connect(proxy: Proxy, connection: Connection, port: PortPlan) -> Channel | None:
+    state = proxy.state
+    backend = _backend(proxy, connection, port)
+    tried: list[str] = []
+    for _ in range(_TRIES):
+        choice = _choice(proxy, connection, backend, tried)
+        if isinstance(choice, Refused):
+            log.info(
+                "no endpoint", destination=connection.destination.authority, cause=choice.reason
+            )
+            return None
+        proxy.balancer.began(choice)
+        try:
+            channel = await proxy.pools.open(state.own, choice)
+        except (MeshbpfError, OSError) as error:
+            proxy.balancer.ended(choice, proxy.clock(), failed=True)
+            log.info("no connection to the endpoint", endpoint=choice.route.target, cause=error)
+            if choice.workload.uid in tried:
+                return None
+            tried.append(choice.workload.uid)
+            continue
+        proxy.balancer.ended(choice, proxy.clock(), failed=False)
+        return channel
+    return None
+
+
+def _backend(proxy: Proxy, connection: Connection, port: PortPlan) -> Backend | None:
+    """By the TCPRoute that holds for this client, else the service itself. None: refuse."""
+    destination = connection.destination
+    if destination.service is None:
+        return None
+    rule = port.routes_for(connection.caller.namespace).tcp
+    own = Shares((Backend(destination.service.key, destination.port),))
+    drawn = (own if rule is None else rule.backends).draw(proxy.rng)
+    return None if drawn is None or drawn.invalid else drawn
+
+
+def _choice(
+    proxy: Proxy, connection: Connection, backend: Backend | None, tried: list[str]
+) -> Choice | Refused:
+    state, destination = proxy.state, connection.destination
+    if destination.service is None:
+        return pod_choice(state.mesh, state.own, connection, proxy.rng)
+    if backend is None:
+        return Refused("the route has no usable backend", "no-backend")
+    service = state.mesh.service(backend.service.namespace, backend.service.hostname)
+    if service is None:
+        return Refused(f"there is no service {backend.service}", "no-service")
+    return proxy.balancer.pick(
+        state.mesh, state.own, service, backend.port, proxy.clock(), tried=tried
+    )
