@@ -18,11 +18,13 @@ caller without one; `namespaces` then see the empty text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from meshbpf.agent.core.address import IPAddress, address_bits
-from meshbpf.agent.core.authz_index import Facts, RuleIndex
+from meshbpf.agent.core.authz_index import RuleIndex
+from meshbpf.agent.core.authz_match import Facts
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.policy import Authorization, PolicyAction
 
@@ -60,38 +62,93 @@ _NO_ALLOW = Decision(True, None, "no policy denies, and none has to allow")
 _NOT_ALLOWED = Decision(False, None, "no ALLOW policy matches")
 
 
-class PolicySet(tuple[Authorization, ...]):
-    """The policies of one workload, compiled when first asked.
+class _Compiled(NamedTuple):
+    """The indexes of some policies: what is enforced, then what is only reported."""
 
-    A tuple of the policies themselves for those who list them. The snapshot
-    keeps one for each distinct set, so the work is done once per set.
+    deny: RuleIndex | None
+    allow: RuleIndex | None
+    dry_deny: RuleIndex | None
+    dry_allow: RuleIndex | None
+
+
+_KINDS = tuple(
+    (action, dry) for dry in (False, True) for action in (PolicyAction.DENY, PolicyAction.ALLOW)
+)
+
+
+class PolicyGroup(tuple[Authorization, ...]):
+    """Policies that come together, as a namespace's do; compiled when first asked.
+
+    All sets that a group is part of share its indexes, and the group that
+    succeeds it after a change of state is compiled from what it has already.
     """
 
-    _deny: RuleIndex | None
-    _allow: RuleIndex | None
-    _dry_deny: RuleIndex | None
-    _dry_allow: RuleIndex | None
+    source: tuple[Authorization, ...]
+    """What it was made of."""
+    _compiled: _Compiled
+    _before: _Compiled | None
 
-    def _compile(self) -> None:
-        def index(action: PolicyAction, dry_run: bool) -> RuleIndex | None:
+    @classmethod
+    def of(
+        cls, policies: tuple[Authorization, ...], before: PolicyGroup | None = None
+    ) -> PolicyGroup:
+        """`before` is the same group as it was in an earlier state."""
+        group = cls(policies)
+        group.source = policies
+        group._before = None if before is None else before._newest()
+        return group
+
+    def _newest(self) -> _Compiled | None:
+        return getattr(self, "_compiled", None) or getattr(self, "_before", None)
+
+    def compiled(self) -> _Compiled:
+        """The indexes of this group."""
+        try:
+            return self._compiled
+        except AttributeError:
+            pass
+        before = self._newest() or (None,) * len(_KINDS)
+        made: list[RuleIndex | None] = []
+        for (action, dry_run), old in zip(_KINDS, before, strict=True):
             chosen = [p for p in self if p.action is action and p.dry_run is dry_run]
-            return RuleIndex(chosen) if chosen else None
+            if not chosen:
+                made.append(None)
+            else:
+                made.append(RuleIndex(chosen) if old is None else old.updated(chosen))
+        self._compiled, self._before = _Compiled(*made), None
+        return self._compiled
 
-        self._allow = index(PolicyAction.ALLOW, False)
-        self._dry_allow = index(PolicyAction.ALLOW, True)
-        self._dry_deny = index(PolicyAction.DENY, True)
-        # Last: its presence says that the others are there.
-        self._deny = index(PolicyAction.DENY, False)
+
+class PolicySet(tuple[Authorization, ...]):
+    """The policies of one workload: a tuple of them for those who list them.
+
+    The snapshot keeps one for each distinct set, so that what it derives is
+    derived once.
+    """
+
+    _groups: tuple[PolicyGroup, ...]
+
+    @classmethod
+    def of_groups(cls, groups: Iterable[PolicyGroup]) -> PolicySet:
+        """The policies of all `groups`; one that is in several counts once."""
+        groups = tuple(group for group in groups if group)
+        made = cls({policy.key: policy for group in groups for policy in group}.values())
+        made._groups = groups
+        return made
+
+    def compile(self) -> Sequence[_Compiled]:
+        """Its groups' indexes; whoever has time does this before a connection needs them."""
+        try:
+            groups = self._groups
+        except AttributeError:
+            groups = self._groups = (PolicyGroup.of(tuple(self)),)
+        return [group.compiled() for group in groups]
 
     def decide(self, facts: ConnectionFacts) -> Decision:
-        """Evaluate; the first policy in order that matches is the one named."""
+        """Evaluate; of several policies that match the first by key is the one named."""
         if not self:
             return _NO_POLICY
-        try:
-            deny = self._deny
-        except AttributeError:
-            self._compile()
-            deny = self._deny
+        groups = self.compile()
         identity = facts.source_identity
         view = Facts(
             None if identity is None else identity.principal,
@@ -101,36 +158,45 @@ class PolicySet(tuple[Authorization, ...]):
             address_bits(facts.destination_ip),
             facts.destination_port,
         )
-        decision = self._enforced(deny, view)
-        if self._dry_deny is None and self._dry_allow is None:
+        decision = _enforced(groups, view)
+        if all(group.dry_deny is None and group.dry_allow is None for group in groups):
             return decision
-        return replace(decision, dry_run=self._rehearsed(view))
+        return replace(decision, dry_run=_rehearsed(groups, view))
 
-    def _enforced(self, deny: RuleIndex | None, view: Facts) -> Decision:
-        found = None if deny is None else deny.first(view)
-        if found is not None:
-            if found.inexpressible:
-                reason = f"DENY policy {found.key} cannot be evaluated: {found.inexpressible}"
-            else:
-                reason = f"DENY policy {found.key} matches"
-            return Decision(False, found.key, reason)
-        if self._allow is None:
-            return _NO_ALLOW
-        found = self._allow.first(view)
-        if found is None:
-            return _NOT_ALLOWED
-        return Decision(True, found.key, f"ALLOW policy {found.key} matches")
 
-    def _rehearsed(self, view: Facts) -> tuple[str, ...]:
-        notes: list[str] = []
-        if self._dry_deny is not None:
-            notes += [f"{p.key} would deny" for p in self._dry_deny.every(view)]
-        if self._dry_allow is not None:
-            allowed = [f"{p.key} would allow" for p in self._dry_allow.every(view)]
-            if not allowed and self._allow is None:
-                allowed = ["no dry-run ALLOW policy matches: would deny"]
-            notes += allowed
-        return tuple(notes)
+def _first(indexes: Iterable[RuleIndex | None], view: Facts) -> Authorization | None:
+    found = [policy for index in indexes if index and (policy := index.first(view))]
+    return min(found, key=lambda policy: policy.key, default=None)
+
+
+def _every(indexes: Iterable[RuleIndex | None], view: Facts) -> list[str]:
+    return sorted({p.key for index in indexes if index for p in index.every(view)})
+
+
+def _enforced(groups: Sequence[_Compiled], view: Facts) -> Decision:
+    found = _first((group.deny for group in groups), view)
+    if found is not None:
+        if found.inexpressible:
+            reason = f"DENY policy {found.key} cannot be evaluated: {found.inexpressible}"
+        else:
+            reason = f"DENY policy {found.key} matches"
+        return Decision(False, found.key, reason)
+    if all(group.allow is None for group in groups):
+        return _NO_ALLOW
+    found = _first((group.allow for group in groups), view)
+    if found is None:
+        return _NOT_ALLOWED
+    return Decision(True, found.key, f"ALLOW policy {found.key} matches")
+
+
+def _rehearsed(groups: Sequence[_Compiled], view: Facts) -> tuple[str, ...]:
+    notes = [f"{key} would deny" for key in _every((g.dry_deny for g in groups), view)]
+    if any(group.dry_allow for group in groups):
+        allowed = [f"{key} would allow" for key in _every((g.dry_allow for g in groups), view)]
+        if not allowed and all(group.allow is None for group in groups):
+            allowed = ["no dry-run ALLOW policy matches: would deny"]
+        notes += allowed
+    return tuple(notes)
 
 
 def authorize(policies: Iterable[Authorization], facts: ConnectionFacts) -> Decision:

@@ -1,21 +1,28 @@
-"""Policies compiled for speed: tests as closures, rules found by key.
+"""Policies compiled for speed: rules found by what they ask for, tests made when needed.
 
-A mesh may have thousands of rules of which one connection can match a few.
-A rule with a clause that asks for exact principals (or accounts, ports,
-namespaces) can only match a connection that has one of them, so the rule is
-filed under those keys and tried only for such connections. The rules that
-have no such clause are tried always. What is found is the first policy in
-the given order, as a plain loop over all of them would find it.
+A mesh may have a hundred thousand rules of which one connection can match a
+few. A rule with a clause that asks for certain principals can only match a
+connection that has one of them, so it is filed under those, and tried only for
+such connections; accounts, namespaces, ports and addresses alike. Prefixes are
+filed by their length: a connection is looked up by its own text cut to each
+length that occurs (suffixes and address ranges likewise). Only rules without
+any such clause are tried always.
+
+A change of a few policies does not build all of that anew: what was removed
+is passed over, what was added stands in a small index beside the large one,
+until enough has changed. What is found is the first policy by key that
+matches, as a plain loop over the sorted policies would find it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from enum import IntEnum
-from typing import NamedTuple, TypeVar
+from operator import attrgetter
+from typing import NamedTuple
 
 from meshbpf.agent.core.address import IPNetwork, prefix_bits
+from meshbpf.agent.core.authz_match import Facts, Test, always, rule_test
 from meshbpf.agent.core.policy import (
     Authorization,
     Clause,
@@ -23,262 +30,260 @@ from meshbpf.agent.core.policy import (
     MatchKind,
     PolicyAction,
     Rule,
-    ServiceAccountMatch,
     StringMatch,
 )
 
 
-class Facts(NamedTuple):
-    """A connection in the form that the tests read; addresses as `address_bits`."""
-
-    principal: str | None
-    namespace: str
-    service_account: str | None
-    source: int
-    destination: int
-    port: int
-
-
-Test = Callable[[Facts], bool]
-T = TypeVar("T")
-
-
-class _Entry(NamedTuple):
-    order: int
-    policy: Authorization
-    test: Test
-
-
 class _Kind(IntEnum):
+    """What rules are filed by, most telling first."""
+
     PRINCIPAL = 0
-    ACCOUNT = 1
-    PORT = 2
-    NAMESPACE = 3
+    PRINCIPAL_PREFIX = 1
+    PRINCIPAL_SUFFIX = 2
+    ACCOUNT = 3
+    SOURCE = 4
+    NAMESPACE = 5
+    NAMESPACE_PREFIX = 6
+    NAMESPACE_SUFFIX = 7
+    PORT = 8
+    DESTINATION = 9
 
 
-class RuleIndex:
-    """The rules of some policies, filed by what they ask for."""
+class _Shape(NamedTuple):
+    """How a connection is cut for a look-up; `size` is a text's length or an address' shift."""
 
-    __slots__ = ("_filed", "_rest")
+    kind: _Kind
+    size: int = 0
+
+
+_Key = tuple[_Shape, Hashable]
+_BY_KEY = attrgetter("key")
+
+
+class _Entry:
+    """One rule. Its test is made when a connection first comes near it."""
+
+    __slots__ = ("_rule", "_test", "policy")
+
+    def __init__(self, policy: Authorization, rule: Rule | None) -> None:
+        self.policy = policy
+        self._rule = rule
+        self._test: Test | None = always if rule is None else None
+
+    def matches(self, facts: Facts) -> bool:
+        test = self._test
+        if test is None:
+            test = self._test = rule_test(self._rule or ())
+        return test(facts)
+
+
+class _Filed(NamedTuple):
+    """An entry, and the keys under which it stands; None: it is tried always."""
+
+    entry: _Entry
+    keys: Sequence[_Key] | None
+
+
+class _Tables:
+    """The rules of some policies, filed. Never changes once it is built."""
+
+    __slots__ = ("_probes", "_rest", "policies")
 
     def __init__(self, policies: Iterable[Authorization]) -> None:
-        self._filed: tuple[dict[Hashable, list[_Entry]], ...] = tuple(
-            defaultdict(list) for _ in _Kind
-        )
+        self.policies = sorted(policies, key=_BY_KEY)
+        tables: dict[_Shape, dict[Hashable, list[_Entry]]] = {}
         self._rest: list[_Entry] = []
-        for order, policy in enumerate(policies):
-            if policy.inexpressible:
-                if policy.action is PolicyAction.DENY:
-                    self._rest.append(_Entry(order, policy, _always))
-                continue
-            for rule in policy.rules:
-                self._file(rule, _Entry(order, policy, _rule_test(rule)))
+        for policy in self.policies:
+            for entry, keys in _filed(policy):
+                if keys is None:
+                    self._rest.append(entry)
+                    continue
+                for shape, value in keys:
+                    table = tables.get(shape)
+                    if table is None:
+                        table = tables[shape] = {}
+                    found = table.get(value)
+                    if found is None:
+                        table[value] = [entry]
+                    else:
+                        found.append(entry)
+        self._probes = [(_probe(shape), tables[shape]) for shape in sorted(tables)]
 
-    def _file(self, rule: Rule, entry: _Entry) -> None:
-        for kind in _Kind:
-            for clause in rule:
-                keys = _clause_keys(kind, clause)
-                if keys is not None:
-                    for key in keys:
-                        self._filed[kind][key].append(entry)
-                    return
-        self._rest.append(entry)
-
-    def _candidates(self, facts: Facts) -> Iterable[Sequence[_Entry]]:
-        principals, accounts, ports, namespaces = self._filed
-        if principals and (found := principals.get(facts.principal)) is not None:
-            yield found
-        if accounts:
-            found = accounts.get((facts.namespace, facts.service_account))
+    def candidates(self, facts: Facts) -> Iterator[Sequence[_Entry]]:
+        """Lists of what could match, each sorted by its policies' keys."""
+        for probe, table in self._probes:
+            found = table.get(probe(facts))
             if found is not None:
                 yield found
-        if ports and (found := ports.get(facts.port)) is not None:
-            yield found
-        if namespaces and (found := namespaces.get(facts.namespace)) is not None:
-            yield found
         if self._rest:
             yield self._rest
 
+
+class RuleIndex:
+    """The rules of some policies of one action; made from scratch or out of an earlier one."""
+
+    __slots__ = ("_added", "_large", "_large_ids", "_removed")
+
+    def __init__(self, policies: Iterable[Authorization]) -> None:
+        self._large = _Tables(policies)
+        self._added: _Tables | None = None
+        self._removed: frozenset[int] = frozenset()
+        # By identity: comparing large policies takes long. `_large` keeps them alive.
+        self._large_ids = frozenset(map(id, self._large.policies))
+
+    def updated(self, policies: Sequence[Authorization]) -> RuleIndex:
+        """The index of `policies`, for the price of what differs if that is little."""
+        large = self._large_ids
+        removed = large.difference(map(id, policies))
+        added = [policy for policy in policies if id(policy) not in large]
+        if len(removed) + len(added) > max(_SMALL_CHANGE, len(large) // _LARGE_FRACTION):
+            return RuleIndex(policies)
+        fresh = RuleIndex.__new__(RuleIndex)
+        fresh._large, fresh._large_ids, fresh._removed = self._large, large, removed
+        fresh._added = _Tables(added) if added else None
+        return fresh
+
     def first(self, facts: Facts) -> Authorization | None:
-        """The first policy in order that matches."""
-        best: _Entry | None = None
+        """The first policy by key that matches."""
+        best: Authorization | None = None
         for entries in self._candidates(facts):
-            for entry in entries:  # in order, so the first that matches is this list's best
-                if best is not None and entry.order >= best.order:
+            for entry in entries:  # sorted, so the first that matches is this list's best
+                policy = entry.policy
+                if best is not None and policy.key >= best.key:
                     break
-                if entry.test(facts):
-                    best = entry
+                if id(policy) not in self._removed and entry.matches(facts):
+                    best = policy
                     break
-        return None if best is None else best.policy
+        return best
 
     def every(self, facts: Facts) -> tuple[Authorization, ...]:
-        """All policies that match, in order."""
+        """All policies that match, by key."""
         found = {
-            entry.order: entry.policy
+            entry.policy.key: entry.policy
             for entries in self._candidates(facts)
             for entry in entries
-            if entry.test(facts)
+            if id(entry.policy) not in self._removed and entry.matches(facts)
         }
-        return tuple(found[order] for order in sorted(found))
+        return tuple(found[key] for key in sorted(found))
+
+    def _candidates(self, facts: Facts) -> Iterator[Sequence[_Entry]]:
+        yield from self._large.candidates(facts)
+        if self._added is not None:
+            yield from self._added.candidates(facts)
 
 
-def _always(_: Facts) -> bool:
-    return True
+_SMALL_CHANGE = 64
+_LARGE_FRACTION = 16
+"""From this part of the policies on, building anew is cheaper than looking twice."""
 
 
-def _never(_: Facts) -> bool:
-    return False
+def _filed(policy: Authorization) -> Sequence[_Filed]:
+    """A policy's rules with their keys: found once, and kept with the policy itself."""
+    derived = policy.derived
+    if not derived:
+        derived.append(tuple(_file(policy)))
+    filed: Sequence[_Filed] = derived[0]
+    return filed
 
 
-def _clause_keys(kind: _Kind, clause: Clause) -> set[Hashable] | None:
-    """The keys of which a connection must have one to pass; None when there is no such set."""
+def _file(policy: Authorization) -> Iterator[_Filed]:
+    if policy.inexpressible:
+        if policy.action is PolicyAction.DENY:
+            yield _Filed(_Entry(policy, None), None)
+        return
+    for rule in policy.rules:
+        yield _Filed(_Entry(policy, rule), _rule_keys(rule))
+
+
+def _rule_keys(rule: Rule) -> Sequence[_Key] | None:
+    """The most telling keys of which a connection must have one; None when there are none."""
+    found = [keys for keys in map(_clause_keys, rule) if keys is not None]
+    # A clause tells as much as the least telling of its matches.
+    return min(
+        found, key=lambda keys: max((shape.kind for shape, _ in keys), default=0), default=None
+    )
+
+
+def _clause_keys(clause: Clause) -> Sequence[_Key] | None:
     if not clause:
         return None
-    keys: set[Hashable] = set()
+    keys: list[_Key] = []
     for match in clause:
-        if match == Match():
+        if match == _NOTHING:
             continue  # holds for nothing, so it needs no key
-        wanted = _match_keys(kind, match)
+        wanted = _match_keys(match)
         if not wanted:
             return None
-        keys |= wanted
+        keys += wanted
     return keys
 
 
-def _match_keys(kind: _Kind, match: Match) -> set[Hashable]:
-    match kind:
-        case _Kind.PRINCIPAL:
-            return _exact(match.principals)
-        case _Kind.ACCOUNT:
-            return {(a.namespace, a.service_account) for a in match.service_accounts}
-        case _Kind.PORT:
-            return set(match.destination_ports)
-        case _Kind.NAMESPACE:
-            return _exact(match.namespaces)
-
-
-def _exact(values: Sequence[StringMatch]) -> set[Hashable]:
-    """The texts, if all the values are exact; else the empty set."""
-    if any(value.kind is not MatchKind.EXACT for value in values):
-        return set()
-    return {value.value for value in values}
-
-
-def _rule_test(rule: Rule) -> Test:
-    clauses = tuple(tuple(_match_test(match) for match in clause) for clause in rule if clause)
-    if not clauses:
-        return _always
-    if len(clauses) == 1 and len(clauses[0]) == 1:
-        return clauses[0][0]
-
-    def test(facts: Facts) -> bool:
-        for clause in clauses:
-            for match in clause:
-                if match(facts):
-                    break
-            else:
-                return False
-        return True
-
-    return test
-
-
-def _match_test(match: Match) -> Test:
-    fields = (
-        # Cheapest first; all must hold, so the order is free.
-        *_both(_port_test, match.destination_ports, match.not_destination_ports),
-        *_both(_namespace_test, match.namespaces, match.not_namespaces),
-        *_both(_principal_test, match.principals, match.not_principals),
-        *_both(_account_test, match.service_accounts, match.not_service_accounts),
-        *_both(_source_test, match.source_ips, match.not_source_ips),
-        *_both(_destination_test, match.destination_ips, match.not_destination_ips),
+def _match_keys(match: Match) -> Sequence[_Key]:
+    """Those of one field, the most telling that has any."""
+    return (
+        _text_keys(_Kind.PRINCIPAL, match.principals)
+        or [(_ACCOUNT, (a.namespace, a.service_account)) for a in match.service_accounts]
+        or _network_keys(_Kind.SOURCE, match.source_ips)
+        or _text_keys(_Kind.NAMESPACE, match.namespaces)
+        or [(_PORT, port) for port in match.destination_ports]
+        or _network_keys(_Kind.DESTINATION, match.destination_ips)
     )
-    if not fields:
-        return _never
-    if len(fields) == 1:
-        return fields[0]
-
-    def test(facts: Facts) -> bool:
-        for holds in fields:  # noqa: SIM110 - a generator costs more than the tests
-            if not holds(facts):
-                return False
-        return True
-
-    return test
 
 
-def _both(
-    make: Callable[[Sequence[T]], Test], wanted: Sequence[T], unwanted: Sequence[T]
-) -> Iterable[Test]:
-    if wanted:
-        yield make(wanted)
-    if unwanted:
-        inner = make(unwanted)
-        yield lambda facts: not inner(facts)
+def _text_keys(exact: _Kind, values: Sequence[StringMatch]) -> Sequence[_Key]:
+    """The texts that are asked for; none when any text will do."""
+    keys: list[_Key] = []
+    for value in values:
+        match value.kind:
+            case MatchKind.EXACT:
+                keys.append((_Shape(exact), value.value))
+            case MatchKind.PREFIX:
+                keys.append((_Shape(_Kind(exact + 1), len(value.value)), value.value))
+            case MatchKind.SUFFIX:
+                keys.append((_Shape(_Kind(exact + 2), len(value.value)), value.value))
+            case MatchKind.PRESENCE:
+                return ()
+    return keys
 
 
-def _port_test(values: Sequence[int]) -> Test:
-    ports = frozenset(values)
-    return lambda facts: facts.port in ports
-
-
-def _namespace_test(values: Sequence[StringMatch]) -> Test:
-    matches = text_test(values)
-    return lambda facts: matches(facts.namespace)
-
-
-def _principal_test(values: Sequence[StringMatch]) -> Test:
-    matches = text_test(values)
-    return lambda facts: facts.principal is not None and matches(facts.principal)
-
-
-def _account_test(values: Sequence[ServiceAccountMatch]) -> Test:
-    accounts = frozenset((value.namespace, value.service_account) for value in values)
-    return lambda facts: (facts.namespace, facts.service_account) in accounts
-
-
-def _source_test(values: Sequence[IPNetwork]) -> Test:
-    holds = address_test(values)
-    return lambda facts: holds(facts.source)
-
-
-def _destination_test(values: Sequence[IPNetwork]) -> Test:
-    holds = address_test(values)
-    return lambda facts: holds(facts.destination)
-
-
-def text_test(values: Sequence[StringMatch]) -> Callable[[str], bool]:
-    """Whether a text passes any of `values`."""
-    exact = frozenset(v.value for v in values if v.kind is MatchKind.EXACT)
-    if all(v.kind is MatchKind.EXACT for v in values):
-        return exact.__contains__
-    prefixes = tuple(v.value for v in values if v.kind is MatchKind.PREFIX)
-    suffixes = tuple(v.value for v in values if v.kind is MatchKind.SUFFIX)
-    presence = any(v.kind is MatchKind.PRESENCE for v in values)
-
-    def test(text: str) -> bool:
-        return (
-            text in exact
-            or text.startswith(prefixes)
-            or text.endswith(suffixes)
-            or (presence and text != "")
-        )
-
-    return test
-
-
-def address_test(values: Sequence[IPNetwork]) -> Callable[[int], bool]:
-    """Whether an address, as `address_bits`, is in any of `values`."""
-    by_shift: dict[int, set[int]] = defaultdict(set)
+def _network_keys(kind: _Kind, values: Sequence[IPNetwork]) -> Sequence[_Key]:
+    keys: list[_Key] = []
     for network in values:
         shift, value = prefix_bits(network)
-        by_shift[shift].add(value)
-    groups = tuple((shift, frozenset(found)) for shift, found in by_shift.items())
+        keys.append((_Shape(kind, shift), value))
+    return keys
 
-    def test(bits: int) -> bool:
-        for shift, found in groups:  # noqa: SIM110 - as above
-            if bits >> shift in found:
-                return True
-        return False
 
-    return test
+_ACCOUNT = _Shape(_Kind.ACCOUNT)
+_PORT = _Shape(_Kind.PORT)
+_NOTHING = Match()
+
+
+def _probe(shape: _Shape) -> Callable[[Facts], Hashable]:
+    """What of a connection is looked up in the table of this shape; None is in no table."""
+    size = shape.size
+    match shape.kind:
+        case _Kind.PRINCIPAL:
+            return lambda facts: facts.principal
+        case _Kind.PRINCIPAL_PREFIX:
+            return lambda facts: facts.principal and facts.principal[:size]
+        case _Kind.PRINCIPAL_SUFFIX:
+            return lambda facts: facts.principal and _ending(facts.principal, size)
+        case _Kind.ACCOUNT:
+            return lambda facts: (facts.namespace, facts.service_account)
+        case _Kind.SOURCE:
+            return lambda facts: facts.source >> size
+        case _Kind.NAMESPACE:
+            return lambda facts: facts.namespace
+        case _Kind.NAMESPACE_PREFIX:
+            return lambda facts: facts.namespace[:size]
+        case _Kind.NAMESPACE_SUFFIX:
+            return lambda facts: _ending(facts.namespace, size)
+        case _Kind.PORT:
+            return lambda facts: facts.port
+        case _Kind.DESTINATION:
+            return lambda facts: facts.destination >> size
+
+
+def _ending(text: str, size: int) -> str:
+    return text[max(len(text) - size, 0) :]

@@ -7,8 +7,9 @@ is evaluated (authz.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from meshbpf.agent.core.address import IPNetwork
 
@@ -107,8 +108,11 @@ class Authorization:
     rules: tuple[Rule, ...] = ()
     dry_run: bool = False
     inexpressible: str = ""
+    key: str = field(init=False, repr=False, compare=False)
+    """NAMESPACE/NAME, the form in which workloads name their policies."""
+    derived: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+    """What the evaluator makes of the rules, for as long as the policy lives (authz_index.py)."""
 
-    @property
-    def key(self) -> str:
-        """NAMESPACE/NAME, the form in which workloads name their policies."""
-        return f"{self.namespace}/{self.name}"
+    def __post_init__(self) -> None:
+        """Build the key once."""
+        object.__setattr__(self, "key", f"{self.namespace}/{self.name}")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from meshbpf.agent.core import persistent
 from meshbpf.agent.core.address import IPAddress, address_bits
-from meshbpf.agent.core.authz import PolicySet
+from meshbpf.agent.core.authz import PolicyGroup, PolicySet
 from meshbpf.agent.core.persistent import PersistentMap
 from meshbpf.agent.core.policy import Authorization, PolicyAction, PolicyScope
 from meshbpf.agent.core.service import Endpoint, HealthPolicy, Service
@@ -37,6 +37,10 @@ class Endpoints(tuple[Endpoint, ...]):
     memo: dict[Hashable, Any]
 
 
+_PREPARED_SETS = 256
+"""More distinct sets than the pods of a node have; the rest is compiled when asked for."""
+
+
 class Snapshot:
     """Lookups over one state of the mesh; made by `of` and `after`, never by its constructor."""
 
@@ -46,6 +50,7 @@ class Snapshot:
         "_addresses",
         "_endpoints",
         "_global_policies",
+        "_groups",
         "_hostnames",
         "_listed",
         "_members",
@@ -82,6 +87,8 @@ class Snapshot:
         # Filled by readers as they ask; a delta carries over what it leaves true.
         self._endpoints: dict[ServiceKey, Endpoints] = {}
         self._policy_sets: dict[tuple[str, tuple[str, ...]], PolicySet] = {}
+        # Shared with the snapshots before and after: each group says what it is made of.
+        self._groups: dict[str, PolicyGroup] = {}
 
     @classmethod
     def of(cls, state: MeshState, version: int = 0) -> Snapshot:
@@ -183,10 +190,22 @@ class Snapshot:
         A name in its list that no policy has is a policy that has not arrived.
         It could be a DENY, so until it is here nothing is let in.
         """
-        key = (workload.namespace, workload.authorization_policies)
+        return self._policies_of(workload.namespace, workload.authorization_policies)
+
+    def prepare_policies(self, before: Snapshot) -> None:
+        """Compile the policies that readers of the state before this one have asked for.
+
+        For whoever makes this snapshot, in their own time: the first
+        connection after a change need not wait for it.
+        """
+        for key in list(before._policy_sets)[:_PREPARED_SETS]:
+            self._policies_of(*key).compile()
+
+    def _policies_of(self, namespace: str, listed: tuple[str, ...]) -> PolicySet:
+        key = (namespace, listed)
         found = self._policy_sets.get(key)
         if found is None:
-            found = self._policy_sets[key] = self._collect_policies(workload)
+            found = self._policy_sets[key] = self._collect_policies(namespace, listed)
         return found
 
     # -- collecting, once for all who ask
@@ -208,12 +227,23 @@ class Snapshot:
         endpoints.memo = {}
         return endpoints
 
-    def _collect_policies(self, workload: Workload) -> PolicySet:
-        chosen = {p.key: p for p in self._namespace_policies.get(workload.namespace, ())}
-        chosen.update((p.key, p) for p in self._global_policies)
-        for key in workload.authorization_policies:
-            chosen[key] = self._policies.get(key) or _missing_policy(key)
-        return PolicySet(chosen.values())
+    def _collect_policies(self, namespace: str, listed: tuple[str, ...]) -> PolicySet:
+        own = (self._policies.get(key) or _missing_policy(key) for key in listed)
+        return PolicySet.of_groups(
+            (
+                self._group(namespace, self._namespace_policies.get(namespace, ())),
+                self._group("", self._global_policies),
+                PolicyGroup.of(tuple(own)),
+            )
+        )
+
+    def _group(self, namespace: str, policies: tuple[Authorization, ...]) -> PolicyGroup:
+        """A namespace's policies (the global ones' is ""), compiled from what was known of it."""
+        known = self._groups.get(namespace)
+        if known is not None and known.source is policies:
+            return known
+        group = self._groups[namespace] = PolicyGroup.of(policies, known)
+        return group
 
     def _service_by_range(
         self, network: str, bits: int, client_namespace: str | None

@@ -165,6 +165,7 @@ def _services(old: Snapshot, new: Snapshot, delta: MeshDelta, touched: set[Servi
 
 
 def _policies(old: Snapshot, new: Snapshot, delta: MeshDelta) -> None:
+    new._groups = old._groups
     table = old._policies.edit()
     changed = _changes(table, delta.removed_policies, delta.policies, lambda one: one.key)
     if not changed:

@@ -18,7 +18,7 @@ from enum import StrEnum
 import trio
 
 from meshbpf.agent.core.address import SocketAddress
-from meshbpf.agent.core.authz import ConnectionFacts, Decision, authorize
+from meshbpf.agent.core.authz import ConnectionFacts, Decision, PolicySet, authorize
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.service import Service
@@ -117,6 +117,8 @@ class LiveConnection:
     received: ByteCount = field(default_factory=ByteCount)
     facts: ConnectionFacts | None = None
     """What policy judged an inbound connection by; None while nothing was to judge."""
+    judged_by: PolicySet | None = None
+    """The policies that admitted it again when a state came in."""
     error: str = ""
     """Why it failed, for the access log; empty while all is well."""
     flag: ResponseFlag = ResponseFlag.NONE
@@ -271,10 +273,19 @@ class ConnectionRegistry:
         policy that could allow anything: its connections are cut too.
         """
         cut = 0
+        in_force: dict[LocalPod, PolicySet | None] = {}
         for live in list(self._live.values()):
             if live.facts is None or live.denied:
                 continue
-            decision = decide(live.pod, live.facts, mesh)
+            pod = live.pod
+            if pod not in in_force:
+                workload = pod.workload(mesh)
+                in_force[pod] = None if workload is None else mesh.policies_for(workload)
+            policies = in_force[pod]
+            if policies is not None and policies is live.judged_by:
+                continue  # nothing that it was judged by has changed
+            decision = decide(pod, live.facts, mesh)
+            live.judged_by = policies
             if not decision.allowed:
                 live.deny(decision)
                 cut += 1

@@ -95,6 +95,7 @@ class LiveMesh:
         with heap.undisturbed(len(delta)):
             new = old.after(delta, old.version + 1)
             change = self._prefixes.change(old, new, delta)
+            new.prepare_policies(old)
         return new, change
 
     def _steer(self, change: PrefixChange) -> None:

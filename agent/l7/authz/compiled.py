@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from meshbpf.agent.core.address import IPNetwork
-from meshbpf.agent.core.authz_index import address_test, text_test
+from meshbpf.agent.core.authz_match import address_test, text_test
 from meshbpf.agent.core.policy import MatchKind, ServiceAccountMatch, StringMatch
 from meshbpf.agent.l7.authz.facts import Facts
 from meshbpf.agent.l7.authz.patterns import Glob, PathTemplate, RequestPrincipal

@@ -163,7 +163,7 @@ def test_one_allow_of_several_is_enough_and_is_named() -> None:
     assert decision.policy == "default/p"
 
 
-def test_the_first_policy_in_order_is_named_however_the_rules_are_filed() -> None:
+def test_the_first_policy_by_name_is_named_however_the_rules_are_filed() -> None:
     by_port = deny(one(destination_ports=(8080,)), name="port")
     by_principal = deny(one(principals=(exact(ALICE.principal),)), name="principal")
     by_account = deny(one(service_accounts=(ServiceAccountMatch("web", "alice"),)), name="account")
@@ -171,8 +171,9 @@ def test_the_first_policy_in_order_is_named_however_the_rules_are_filed() -> Non
     by_address = deny(one(source_ips=(net("10.0.0.0/8"),)), name="address")
     kinds = [by_port, by_principal, by_account, by_namespace, by_address]
     for first in kinds:
+        renamed = replace(first, name="a-first")
         rest = [each for each in kinds if each is not first]
-        assert authorize([first, *rest], FACTS).policy == first.key
+        assert authorize([*rest, renamed], FACTS).policy == renamed.key
 
 
 def test_an_allow_without_rules_denies_all() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import TypeVar
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshbpf.agent.core.authz import ConnectionFacts, authorize
+from meshbpf.agent.core.authz import ConnectionFacts, PolicyGroup, PolicySet, authorize
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.policy import (
     Authorization,
@@ -148,7 +149,7 @@ def plain_policy(policy: Authorization, facts: ConnectionFacts) -> bool:
 def plain_decision(
     given_policies: Sequence[Authorization], facts: ConnectionFacts
 ) -> tuple[bool, str | None]:
-    enforced = [p for p in given_policies if not p.dry_run]
+    enforced = sorted((p for p in given_policies if not p.dry_run), key=lambda p: p.key)
     for policy in enforced:
         if policy.action is PolicyAction.DENY and plain_policy(policy, facts):
             return False, policy.key
@@ -174,3 +175,32 @@ def test_index_answers_as_the_plain_model(
         }  # the lines start with the policy's key
         named = {line.partition(" ")[0] for line in decision.dry_run if "/" in line}
         assert named == rehearsed
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(policies, min_size=2, max_size=4), st.lists(connections, min_size=1, max_size=4))
+def test_a_group_that_succeeds_another_answers_as_if_it_were_the_first(
+    states: list[list[Authorization]], facts: list[ConnectionFacts]
+) -> None:
+    group: PolicyGroup | None = None
+    kept: dict[str, Authorization] = {}
+    for drawn in states:
+        # Half of a state stays what it was, as the very same objects.
+        kept = {k: p for k, p in kept.items() if len(k) % 2} | {p.key: p for p in drawn}
+        group = PolicyGroup.of(tuple(kept.values()), group)
+        decide = PolicySet.of_groups([group]).decide
+        for each in facts:
+            decision = decide(each)
+            assert (decision.allowed, decision.policy) == plain_decision([*kept.values()], each)
+
+
+@settings(max_examples=100, deadline=None)
+@given(policies, policies, connections)
+def test_groups_answer_together_as_all_their_policies_would(
+    one: list[Authorization], other: list[Authorization], facts: ConnectionFacts
+) -> None:
+    moved = [replace(p, namespace="b") for p in other]
+    groups = [PolicyGroup.of(tuple(each)) for each in (one, moved)]
+    decision = PolicySet.of_groups(groups).decide(facts)
+    everything = [policy for group in groups for policy in group]
+    assert (decision.allowed, decision.policy) == plain_decision(everything, facts)

@@ -6,7 +6,10 @@ import pytest
 import trio
 
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.local_xds import parse_local_xds
+from meshbpf.agent.core.state import MeshDelta
 from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.runtime import connections
 from meshbpf.agent.runtime.handshake import shake_hands
 from meshbpf.agent.runtime.sockets import prepare
 from meshbpf.agent.wire.events import Headers, ResponseReceived
@@ -16,6 +19,7 @@ from tests.unit.forwarder.rig import (
     DB,
     DENY_ALL,
     DENY_WEB,
+    MESH,
     SERVER,
     WEB,
     Rig,
@@ -25,7 +29,7 @@ from tests.unit.forwarder.rig import (
     mesh,
 )
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.compat]
 
 
 async def status_of(rig: Rig, request: Headers, identity: SpiffeId = WEB) -> int:
@@ -108,6 +112,32 @@ async def test_a_denied_connection_is_cut_when_the_policy_arrives(rig: Rig) -> N
         await expect_reset(client)
         await expect_reset(app)
     assert rig.server.connections.statistics().cut_by_policy == 1
+
+
+async def test_a_policy_that_a_workload_push_attaches_cuts_live_connections(rig: Rig) -> None:
+    """ztunnel judges live connections again when policies come, not when workloads do."""
+    selector = DENY_WEB.replace("scope: Namespace", "scope: WorkloadSelector")
+    text = MESH % selector
+    attached = text.replace("- uid: s\n", "- uid: s\n  authorizationPolicies: [db/deny-web]\n")
+    rig.state[0] = Snapshot.of(parse_local_xds(text, "detached"))
+    async with rig.joined() as (client, app):
+        assert rig.server.connections.recheck(rig.state[0]) == 0
+        rig.state[0] = Snapshot.of(parse_local_xds(attached, "attached"))
+        assert rig.server.connections.recheck(rig.state[0]) == 1
+        await expect_reset(client)
+        await expect_reset(app)
+
+
+async def test_a_state_that_changes_no_policy_judges_nobody_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.set_policies(DENY_ALL.replace("rules: []", "rules: [[]]"))
+    async with rig.joined():
+        now = rig.state[0]
+        assert rig.server.connections.recheck(now) == 0
+        monkeypatch.setattr(connections, "decide", None)  # it would fail
+        later = now.after(MeshDelta(removed_workloads=frozenset({"t"})), now.version + 1)
+        assert rig.server.connections.recheck(later) == 0
 
 
 async def test_plaintext_is_judged_and_cut_as_well(rig: Rig) -> None:
