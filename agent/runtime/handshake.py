@@ -1,8 +1,17 @@
-"""Makes tunnels: TLS handshakes on connected sockets, within a time limit."""
+"""Makes tunnels: TLS handshakes on connected sockets, within a time limit.
+
+Whoever connects and says nothing costs a place for as long as the limit. So
+places go to those who speak: when there are none left, the oldest connection
+whose hello has not come yet makes room, as in a SYN queue, and if there is
+none such, the oldest of all. A client that means it says hello at once and is
+through in milliseconds, however many others only sit there.
+"""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 from OpenSSL import SSL
@@ -15,8 +24,65 @@ from meshbpf.agent.wire.tls_channel import TlsChannel
 HANDSHAKE_TIMEOUT_S = 10.0
 
 
+class HandshakePlaces:
+    """A bound on the accepted connections of one pod that are not tunnels yet."""
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        # Both oldest first.
+        self._silent: dict[trio.CancelScope, None] = {}
+        self._answered: dict[trio.CancelScope, None] = {}
+        self.evicted = 0
+        """Connections that had to make room, since the start."""
+
+    @contextmanager
+    def place(self) -> Iterator[Place]:
+        """Hold a place for the block. Raises TlsError when it was needed for others."""
+        if len(self._silent) + len(self._answered) >= self._places:
+            queue = self._silent or self._answered
+            oldest = next(iter(queue))
+            del queue[oldest]
+            self.evicted += 1
+            oldest.cancel()
+        scope = trio.CancelScope()
+        self._silent[scope] = None
+        try:
+            with scope:
+                yield Place(self, scope)
+            if scope.cancelled_caught:
+                raise TlsError("tls-evicted", "no TLS handshake yet, and others wanted the place")
+        finally:
+            self._silent.pop(scope, None)
+            self._answered.pop(scope, None)
+
+    def answered(self, scope: trio.CancelScope) -> None:
+        """For `Place`."""
+        if scope in self._silent:
+            del self._silent[scope]
+            self._answered[scope] = None
+
+
+class Place:
+    """One held place."""
+
+    __slots__ = ("_places", "_scope")
+
+    def __init__(self, places: HandshakePlaces, scope: trio.CancelScope) -> None:
+        self._places = places
+        self._scope = scope
+
+    def answered(self) -> None:
+        """The peer's hello has come, and has its answer."""
+        self._places.answered(self._scope)
+
+
 async def shake_hands(
-    sock: socket.socket, context: SSL.Context, expectation: Expectation, *, server: bool
+    sock: socket.socket,
+    context: SSL.Context,
+    expectation: Expectation,
+    *,
+    server: bool,
+    place: Place | None = None,
 ) -> TlsChannel:
     """Do the TLS handshake; the peer is then whom `expectation` wants.
 
@@ -33,7 +99,10 @@ async def shake_hands(
                 # worse problems.
                 _send_now(sock, channel.take())
                 raise
-            await _send_all(sock, channel.take())
+            answer = channel.take()
+            if answer and place is not None:
+                place.answered()
+            await _send_all(sock, answer)
             if done:
                 return channel
             channel.receive(await _receive(sock))

@@ -27,7 +27,7 @@ from meshbpf.agent.runtime.connections import (
     Transport,
     decide,
 )
-from meshbpf.agent.runtime.handshake import shake_hands
+from meshbpf.agent.runtime.handshake import HandshakePlaces, shake_hands
 from meshbpf.agent.runtime.identity_source import Identities
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.mesh_view import MeshView, local_workload
@@ -51,11 +51,7 @@ from meshbpf.agent.wire.tls import Expectation
 log = logging.getLogger(__name__)
 
 _HANDSHAKE_LIMIT = 2048
-"""Handshakes of one pod at a time, for the memory of each (some 50 KiB in OpenSSL).
-
-Not lower: whoever connects and says nothing holds a place for ten seconds,
-and those beyond the limit wait, accepted, for one to fall free.
-"""
+"""Handshakes of one pod at a time, for the memory of each (some 50 KiB in OpenSSL)."""
 
 
 class DeniedError(MeshbpfError):
@@ -78,7 +74,7 @@ class Inbound:
         self._identities = identities
         self._connections = connections
         self._nursery = nursery
-        self._handshakes = trio.Semaphore(_HANDSHAKE_LIMIT)
+        self._handshakes = HandshakePlaces(_HANDSHAKE_LIMIT)
 
     # --- HBONE --------------------------------------------------------------
 
@@ -96,7 +92,7 @@ class Inbound:
             source = peer_address(sock)
             listener = local_address(sock)
             try:
-                async with self._handshakes:
+                with self._handshakes.place() as place:
                     workload = await local_workload(self._pod, self._mesh)
                     tls = await self._identities.tls(workload.identity)
                     channel = await shake_hands(
@@ -104,6 +100,7 @@ class Inbound:
                         tls.server,
                         Expectation(trust_domain=workload.identity.trust_domain),
                         server=True,
+                        place=place,
                     )
             except MeshbpfError as error:
                 telemetry.denied_early(Reporter.DESTINATION, source, listener, error)

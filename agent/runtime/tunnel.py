@@ -555,6 +555,7 @@ class Tunnel:
                 self._leave_pool()
                 return
             self._heard = False
+            self._wire.new_period()
             self._wire.ping(os.urandom(8))
             self._send_control()
 

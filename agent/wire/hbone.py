@@ -72,6 +72,11 @@ from meshbpf.agent.wire.windows import (
 
 EARLY_RESET_LIMIT = 1000
 """Streams that a client may reset unanswered, beyond those that it lets be answered."""
+CONTROL_FRAME_LIMIT = 1000
+"""SETTINGS, PING and frames without use that a peer may send between two `new_period`.
+
+Each costs it nothing and us an answer, or at least a look (CVE-2019-9512, -9515, -9518).
+"""
 CONTINUATION_LIMIT = 63
 """Of one header block; beyond its length, since they may be empty."""
 _DEFAULT_MAX_FRAME_BYTES = 16384
@@ -80,6 +85,10 @@ _HIGHEST_STREAM_ID = 2**31 - 1
 _CUT_REMEMBERED = 256
 _PRIORITY_BYTES = 5
 _FIRST_FINAL_STATUS = 200
+_PRODUCTIVE = frozenset(
+    {FrameType.HEADERS, FrameType.CONTINUATION, FrameType.WINDOW_UPDATE, FrameType.RST_STREAM}
+)
+"""Frames that carry a tunnel's work, or have a limit of their own."""
 
 
 class _Stream:
@@ -110,6 +119,7 @@ class HboneConnection:
         self._highest_seen = 0
         """The highest stream id that either side has opened."""
         self._early_resets = 0
+        self._control_frames = 0
         self._cut: dict[int, None] = {}
         """The streams that we reset last: frames of theirs may be on their way."""
         self._block: Frame | None = None
@@ -234,6 +244,10 @@ class HboneConnection:
         self._h2.ping(payload)
         self._take_h2_output()
 
+    def new_period(self) -> None:
+        """Some time has passed (ten seconds, by the driver): forget how talkative the peer was."""
+        self._control_frames = 0
+
     def go_away(self, error_code: ErrorCodes) -> None:
         """Take no new streams; those that are open go on unless the driver closes."""
         self.going_away = True
@@ -300,6 +314,10 @@ class HboneConnection:
         return True
 
     def _on_frame(self, frame: Frame, events: list[Event]) -> None:
+        if frame.type not in _PRODUCTIVE:
+            self._control_frames += 1
+            if self._control_frames > CONTROL_FRAME_LIMIT:
+                raise PeerError(ErrorCodes.ENHANCE_YOUR_CALM, "a flood of control frames")
         match frame.type:
             case FrameType.HEADERS | FrameType.CONTINUATION:
                 self._on_headers(frame, events)
