@@ -106,7 +106,7 @@ class TlsChannel:
         return records.addresses() if isinstance(records, DirectRecords) else None
 
     def failed(self, result: int) -> None:
-        """Raise TlsError for an OpenSSL function that was called elsewhere and returned `result`."""
+        """Raise TlsError for an OpenSSL function, called elsewhere, that returned `result`."""
         records = self._records
         try:
             if isinstance(records, DirectRecords):
