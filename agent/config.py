@@ -78,8 +78,11 @@ class Settings:
     state_dir: Path
     ca_dir: Path
     local_xds: Path | None = None
-    """Mesh state comes from one of this and `manifests`."""
+    """Mesh state comes from one of these three."""
     manifests: Path | None = None
+    kubernetes: bool = False
+    kubeconfig: Path | None = None
+    """By default KUBECONFIG's, else what Kubernetes gives the pod that this is."""
     trust_domain: str = "cluster.local"
     """Of pods that the mesh state does not name; by default the CA's own."""
     network: str = ""

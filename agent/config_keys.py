@@ -117,6 +117,8 @@ KEYS: tuple[Key, ...] = (
     Key("ca-dir", "ca_dir", str, Path),
     Key("local-xds", "local_xds", str, Path),
     Key("manifests", "manifests", str, Path),
+    Key("kubernetes", "kubernetes", bool, _as_is),
+    Key("kubeconfig", "kubeconfig", str, Path),
     Key("trust-domain", "trust_domain", str, _as_is),
     Key("network", "network", str, _as_is),
     Key("capture", "capture", CaptureName, _as_is),
@@ -143,7 +145,7 @@ KEYS: tuple[Key, ...] = (
     Key("log-format", "log_format", LogFormat, _as_is),
 )
 
-STATE_SOURCES = ("local-xds", "manifests")
+STATE_SOURCES = ("local-xds", "manifests", "kubernetes")
 """Exactly one of them is to be set."""
 
 BY_NAME = {key.name: key for key in KEYS}

@@ -54,6 +54,18 @@ _OPTIONS: tuple[Any, ...] = (
         metavar="DIR",
         help="Mesh state in Kubernetes and Istio objects, as YAML; read again when they change.",
     ),
+    click.option(
+        "--kubernetes",
+        is_flag=True,
+        default=None,
+        help="Mesh state from the Kubernetes API; implies --enrol.",
+    ),
+    click.option(
+        "--kubeconfig",
+        type=_FILE,
+        metavar="FILE",
+        help="How to reach the API.  [default: KUBECONFIG's, else the pod's own]",
+    ),
     click.option("--trust-domain", metavar="TD", help="[default: cluster.local]"),
     click.option("--network", metavar="NAME", help="This node's network.  [default: empty]"),
     click.option(

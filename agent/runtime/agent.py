@@ -32,6 +32,8 @@ from meshbpf.agent.runtime.dns_metrics import DnsMetrics
 from meshbpf.agent.runtime.fd_store import GRACE_S, FdStore
 from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
+from meshbpf.agent.runtime.kube_status import StatusReporter
+from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.membership import Membership
@@ -166,7 +168,10 @@ class Agent:
             nursery.start_soon(self.pods.watch)
             nursery.start_soon(self.monitoring.sweep)
             nursery.start_soon(NamedPods(self.pods, self._locator).run)
-            if self._settings.enrol:
+            if isinstance(self._source, KubernetesSource):
+                reporter = StatusReporter(self._source, self._settings.node, self._steered)
+                nursery.start_soon(reporter.run)
+            if self._settings.enrol or self._settings.kubernetes:
                 reconciler = Reconciler(self._membership, self.pods, self._locator, self._source)
                 self._mesh.on_change(reconciler.stir)
                 nursery.start_soon(reconciler.run)
@@ -348,6 +353,9 @@ class Agent:
         )
 
     # --- parts of the answers -----------------------------------------------
+
+    def _steered(self) -> set[str]:
+        return {pod.key for pod in self._all_pods() if pod.state == "attached"}
 
     def _all_pods(self) -> list[Pod]:
         return list(self.pods.list()) if self.pods is not None else []

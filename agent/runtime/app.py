@@ -37,11 +37,22 @@ from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.runtime import attachments, cni, heap, httpd, logs, readiness, supervised
+from meshbpf.agent.runtime import (
+    attachments,
+    cni,
+    heap,
+    httpd,
+    kube_config,
+    logs,
+    readiness,
+    supervised,
+)
 from meshbpf.agent.runtime.admin import Admin
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.fd_store import FdStore
+from meshbpf.agent.runtime.kube_api import KubeApi
+from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.manifests import ManifestSource
 from meshbpf.agent.runtime.mesh_source import MeshSource
@@ -102,10 +113,16 @@ def run(settings: Settings) -> int:
 
 
 def _source(settings: Settings) -> MeshSource:
+    cluster = Cluster(
+        network=settings.network,
+        trust_domain=settings.trust_domain,
+        domain=settings.cluster_domain,
+        by_hand=settings.manifests is not None,
+    )
+    if settings.kubernetes:
+        config = kube_config.load(settings.kubeconfig, os.environ)
+        return KubernetesSource(KubeApi(config), cluster)
     if settings.manifests is not None:
-        cluster = Cluster(
-            network=settings.network, trust_domain=settings.trust_domain, by_hand=True
-        )
         return ManifestSource(settings.manifests, cluster)
     assert settings.local_xds is not None  # noqa: S101 (config_sources.py sees to it)
     return LocalXdsSource(settings.local_xds)

@@ -132,13 +132,14 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--admin-port", "0", "--admin-open", "--stats-port", "15120"),
         *("--metric-label", "reporter", "--metrics-grace", "1m"),
         "--enrol",
+        *("--kubeconfig", "/etc/kube"),
         *("--cri-socket", "/run/cri", "--account-wait", "2s"),
         *("--no-dns", "--cluster-domain", "k8s.example"),
     )
     assert (settings.dns, settings.cluster_domain) == (False, "k8s.example")
     assert (settings.cri_socket, settings.account_wait_s) == (Path("/run/cri"), 2.0)
     # Mesh state comes from one place alone: the others are not given.
-    others = {"manifests"}
+    others = {"manifests", "kubernetes"}
     assert {name for name, origin in settings.origins.items() if origin != "flag"} == others
     assert (settings.trust_domain, settings.network, settings.capture) == (
         "td.example",
