@@ -358,6 +358,41 @@ class PoliciesRequest(Request[PoliciesResult], frozen=True):
     RESULT: ClassVar[type[Result]] = PoliciesResult
 
 
+# --- explanations -----------------------------------------------------------
+
+
+class ExplainStep(Result, frozen=True):
+    """One decision on a connection's way."""
+
+    stage: str
+    """`source`, `destination`, `capture`, `service`, `route`, `tunnel`, `inbound` or `policy`."""
+    what: str
+    why: str
+
+
+class ExplainResult(Result, frozen=True):
+    """What becomes of a connection, and why."""
+
+    source: str
+    """uid of the workload that dials."""
+    destination: str
+    """IP:PORT that it dials."""
+    outcome: Literal["kernel", "hbone", "plaintext", "refused", "denied"]
+    steps: tuple[ExplainStep, ...]
+
+
+class ExplainRequest(Request[ExplainResult], frozen=True):
+    """What would become of a connection? Asks the code and the maps that real ones meet."""
+
+    VERB: ClassVar[str] = "explain"
+    RESULT: ClassVar[type[Result]] = ExplainResult
+
+    source: str
+    """NS/NAME or an address."""
+    destination: str
+    """IP[:PORT], NS/NAME[:PORT] or HOST[:PORT]."""
+
+
 # --- logs -------------------------------------------------------------------
 
 
@@ -514,6 +549,7 @@ AnyRequest = (
     | WorkloadsRequest
     | ServicesRequest
     | PoliciesRequest
+    | ExplainRequest
     | LogRequest
     | CertsRequest
     | ConnectionsRequest
@@ -530,6 +566,7 @@ REQUESTS: dict[str, type[AnyRequest]] = {
         WorkloadsRequest,
         ServicesRequest,
         PoliciesRequest,
+        ExplainRequest,
         LogRequest,
         CertsRequest,
         ConnectionsRequest,

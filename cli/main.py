@@ -44,6 +44,7 @@ COMMANDS = dict(
         _entry("policies", "List the authorization policies of the mesh state."),
         _entry("certs", "List the certificates that the agent holds."),
         _entry("connections", "List the connections that the agent carries."),
+        _entry("explain", "Say which way a connection takes, and why."),
         _entry("log", "Show or change the agent's log levels."),
         _entry("check", "Say what this machine can do, and what it lacks."),
         _entry("config", "Check or show the agent's configuration."),

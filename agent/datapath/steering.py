@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,7 @@ from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath import bpffs, codecs, links, pinned
 from meshbpf.agent.datapath.attaching import Attacher
 from meshbpf.agent.datapath.cgroups import cgroup_layout
-from meshbpf.agent.datapath.codecs import IPNetwork
+from meshbpf.agent.datapath.codecs import IPAddress, IPNetwork
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.objects import compile_catalogue
 from meshbpf.agent.datapath.pins import Pins
@@ -259,6 +260,15 @@ class Steering:
             mesh.delete_many(keys)
             self._mesh.update(new)
             self._mesh.difference_update(old)
+
+    def in_mesh(self, ip: IPAddress) -> bool:
+        """Whether the hooks take this destination for one of the mesh."""
+        key = codecs.prefix(_GROUP, ip_network(ip))
+        return self._maps["mesh"].lookup(key) is not None
+
+    def exempt_by(self, index: int, ip: IPAddress) -> bool:
+        """Whether the hooks of the pod with this index leave connections to and from `ip` alone."""
+        return self._maps["exempt_cidrs"].lookup(codecs.prefix(index, ip_network(ip))) is not None
 
     def beat(self, *, lease_s: float, ahead_s: float = 0.0) -> None:
         """Tell the hooks that the agent lives, and that its state holds for `lease_s` more.

@@ -29,6 +29,7 @@ from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer, counters, error_body, summed
 from meshbpf.agent.runtime.cri import CriClient
 from meshbpf.agent.runtime.dns_metrics import DnsMetrics
+from meshbpf.agent.runtime.explaining import Explaining
 from meshbpf.agent.runtime.fd_store import GRACE_S, FdStore
 from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.heartbeat import Heartbeat
@@ -107,6 +108,7 @@ class Agent:
         cni.handle(CniRequest, self._cni.handle)
         self._register_verbs()
         self.monitoring = Monitoring(self._monitored(), nursery)
+        Explaining(control, settings, self._mesh.current, self._all_pods, lambda: self._steering)
 
     # --- life ---------------------------------------------------------------
 

@@ -312,3 +312,14 @@ VERSION = api.VersionResult(
     python="3.11.2",
     kernel="6.1.0-28-amd64",
 )
+
+EXPLANATION = api.ExplainResult(
+    source="Kubernetes//Pod/default/web-0",
+    destination="198.51.100.1:80",
+    outcome="denied",
+    steps=(
+        api.ExplainStep(stage="source", what="default/web-0, attached here", why=""),
+        api.ExplainStep(stage="route", what="HBONE to 198.18.7.2:15008", why="it speaks HBONE"),
+        api.ExplainStep(stage="policy", what="denied", why="DENY policy default/no matches"),
+    ),
+)

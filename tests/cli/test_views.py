@@ -25,6 +25,7 @@ VIEWS: tuple[tuple[str, str, Result, tuple[str, ...]], ...] = (
     ("services-of-a-namespace", "services", samples.SERVICES, ("services", "-n", "shop")),
     ("policies", "policies", samples.POLICIES, ("policies",)),
     ("policies-of-a-namespace", "policies", samples.POLICIES, ("policies", "-n", "default")),
+    ("explain", "explain", samples.EXPLANATION, ("explain", "default/web-0", "db")),
     ("log", "log", samples.LOG, ("log",)),
     ("certs", "certs", samples.CERTS, ("certs",)),
     ("connections", "connections", samples.CONNECTIONS, ("connections",)),

@@ -1,0 +1,93 @@
+"""The verb `explain`: the mesh's answer, with what the kernel says of this node's pods.
+
+What a hook would do is read from the maps that the hook reads, not from what
+was meant to be in them: when the two differ, that is what one wants to know.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+
+from meshbpf.agent import api
+from meshbpf.agent.config import Settings
+from meshbpf.agent.core.address import SocketAddress
+from meshbpf.agent.core.explain import Outcome, Step, explain, target_of, workload_of
+from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.datapath.steering import Steering
+from meshbpf.agent.runtime.control import ControlServer
+from meshbpf.agent.runtime.mesh_view import MeshView
+from meshbpf.agent.runtime.pod import Pod
+
+
+class Explaining:
+    """Answers for one agent; made with it."""
+
+    def __init__(
+        self,
+        control: ControlServer,
+        settings: Settings,
+        mesh: MeshView,
+        pods: Callable[[], Iterable[Pod]],
+        steering: Callable[[], Steering | None],
+    ) -> None:
+        self._settings = settings
+        self._mesh = mesh
+        self._pods = pods
+        self._steering = steering
+        self._rng = random.Random()  # noqa: S311 - it picks endpoints, no secrets
+        control.handle(api.ExplainRequest, self.explain)
+
+    async def explain(self, request: api.ExplainRequest) -> api.ExplainResult:
+        """Answer. Raises MeshbpfError for a source or destination that nobody knows."""
+        mesh = self._mesh()
+        source = workload_of(mesh, request.source, self._settings.network)
+        found = target_of(mesh, source, request.destination, self._settings.cluster_domain)
+        target = found.address
+        pod = next((one for one in self._pods() if _is(one, source)), None)
+        steps = [_source(source, pod), found.step]
+        direct = self._left_alone(pod, target)
+        if direct is not None:
+            steps.append(Step("capture", "left alone", direct))
+            outcome = Outcome.PLAINTEXT
+        else:
+            if pod is not None:
+                steps.append(Step("capture", "handed to the agent", f"{target.ip} is in the mesh"))
+            outcome, more = explain(mesh, source, target, self._rng)
+            steps += more
+        return api.ExplainResult(
+            source=source.uid,
+            destination=str(target),
+            outcome=outcome.value,
+            steps=tuple(api.ExplainStep(stage=s.stage, what=s.what, why=s.why) for s in steps),
+        )
+
+    def _left_alone(self, pod: Pod | None, target: SocketAddress) -> str | None:
+        """Why the hooks of `pod` would not capture the connection; None when they would."""
+        steering = self._steering()
+        if pod is None or pod.kernel is None or steering is None:
+            return None
+        if target.ip in pod.kernel.addresses:
+            return f"{target.ip} is the pod's own address"
+        if target.port in pod.attachment.exempt_ports:
+            return f"port {target.port} is exempt for this pod"
+        exempt = steering.exempt_by(pod.kernel.index, target.ip)
+        if exempt:
+            return f"{target.ip} is exempt for this pod"
+        if not steering.in_mesh(target.ip):
+            return f"{target.ip} is not in the mesh, by the kernel's map"
+        return None
+
+
+def _is(pod: Pod, workload: Workload) -> bool:
+    """Whether the workload is this pod: by name and by an address that it really has."""
+    if pod.local is None or pod.key != f"{workload.namespace}/{workload.name}":
+        return False
+    return not pod.local.addresses.isdisjoint(workload.addresses)
+
+
+def _source(source: Workload, pod: Pod | None) -> Step:
+    where = "attached here" if pod is not None else "not attached to this agent"
+    return Step(
+        "source", f"{source.namespace}/{source.name}, {where}", f"speaks as {source.identity}"
+    )
