@@ -65,14 +65,16 @@ class Planner:
         root_namespace: str = "istio-system",
         cluster_domain: str = "cluster.local",
         sources: Sequence[FilterSource] = SOURCES,
+        keep: dict[tuple[str, ...], Any] | None = None,
     ) -> None:
+        """`keep` is what filters keep from one plan to the next (sources.py)."""
         self._key = ObjectKey(GATEWAY_API, "Gateway", namespace, name)
         self._trust_domain = trust_domain
         self._root_namespace = root_namespace
         self._cluster_domain = cluster_domain
         self._sources = sources
         self._good: dict[ObjectKey, ReadRoute] = {}
-        self._keep: dict[tuple[str, ...], Any] = {}
+        self._keep = {} if keep is None else keep
         self._version = 0
 
     def plan(

@@ -9,7 +9,7 @@ stay true.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -195,12 +195,3 @@ class RequestMetrics:
 
 
 _UNKNOWN = ("waypoint", *(UNKNOWN,) * (len(LABELS) - 1))
-
-
-def cumulative(histogram: Histogram) -> Sequence[tuple[str, int]]:
-    """(upper bound as Prometheus writes it, requests at or under it)."""
-    total, found = 0, []
-    for bound, count in zip((*map(str, BUCKETS), "+Inf"), histogram.counts, strict=True):
-        total += count
-        found.append((bound, total))
-    return found

@@ -50,7 +50,7 @@ class WasmFilter(Filter):
     """One plugin at one destination."""
 
     def __init__(self, runner: Runner) -> None:
-        plugin = runner.plugin
+        plugin = self.plugin = runner.plugin
         self.phase = plugin.phase
         self.name = f"{plugin.key.kind} {plugin.key.namespace}/{plugin.key.name}"
         self._runner = runner

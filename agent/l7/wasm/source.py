@@ -8,6 +8,7 @@ would not have taken it; one whose code cannot be had or run acts by its
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from meshbpf.agent.l7.attachment import applies
 from meshbpf.agent.l7.filter import Filter
@@ -45,7 +46,7 @@ def wasm_plugins(scope: Scope) -> tuple[list[Filter], list[Problem]]:
             try:
                 if _MISSING:
                     raise ObjectError("spec", _MISSING, reason="Unsupported")
-                plugin = parse_plugin(each, plugins_of(scope).environ)
+                plugin = parse_plugin(each, plugins_in(scope.keep).environ)
             except ObjectError as error:
                 problems.append(error.problem(each))
                 continue
@@ -53,14 +54,14 @@ def wasm_plugins(scope: Scope) -> tuple[list[Filter], list[Problem]]:
                 found.append(plugin)
     # The highest first; the phase is sorted by later, and stably.
     found.sort(key=lambda plugin: (-plugin.priority, plugin.key.namespace, plugin.key.name))
-    return [WasmFilter(plugins_of(scope).runner(plugin)) for plugin in found], problems
+    return [WasmFilter(plugins_in(scope.keep).runner(plugin)) for plugin in found], problems
 
 
-def plugins_of(scope: Scope) -> Plugins:
+def plugins_in(keep: dict[tuple[str, ...], Any]) -> Plugins:
     """The process's plugins, made at the first use."""
-    found = scope.keep.get(PLUGINS)
+    found = keep.get(PLUGINS)
     if found is None:
-        found = scope.keep[PLUGINS] = Plugins(Surroundings(_log))
+        found = keep[PLUGINS] = Plugins(Surroundings(_log))
     made: Plugins = found
     return made
 

@@ -20,7 +20,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from datetime import timedelta
 
@@ -47,6 +47,7 @@ from meshbpf.agent.runtime.waypoint import workers
 from meshbpf.agent.runtime.waypoint.accept import accept, open_hbone
 from meshbpf.agent.runtime.waypoint.calls import Calls
 from meshbpf.agent.runtime.waypoint.dial import Dialer
+from meshbpf.agent.runtime.waypoint.extensions import Extensions
 from meshbpf.agent.runtime.waypoint.limits import LIMITS
 from meshbpf.agent.runtime.waypoint.pages import Pages
 from meshbpf.agent.runtime.waypoint.pools import Pools
@@ -135,9 +136,11 @@ async def _main(
             certificates = CertificateStore(
                 EmbeddedIssuer(authority), services, ttl=timedelta(seconds=settings.cert_ttl_s)
             )
-            async with trio.open_nursery() as work:
+            async with AsyncExitStack() as stack, trio.open_nursery() as work:
                 work.start_soon(_stop_on_signal, signals, work.cancel_scope)
-                live = _state(settings, source)
+                extensions = Extensions(settings.namespace, settings.name)
+                stack.callback(extensions.close)
+                live = _state(settings, source, extensions)
                 rng = random.Random()  # noqa: S311 (it draws backends, no secrets)
                 balancer = Balancer(rng)
                 dialer = Dialer(certificates, work)
@@ -147,6 +150,7 @@ async def _main(
                 inbound = Inbound(proxy, certificates, work)
                 live.on_change(pools.evict)
                 live.on_change(balancer.keep_only)
+                live.on_change(lambda _: extensions.retain(live.plan))
                 await live.apply(state)
                 ready.done("mesh-state")
                 identity = live.identity.identity
@@ -154,10 +158,11 @@ async def _main(
                 await certificates.tls(identity)
                 ready.done("certificate")
                 if pages.stats is not None:
-                    page = Pages(proxy, inbound, certificates, source)
+                    page = Pages(proxy, inbound, certificates, source, extensions)
                     services.start_soon(httpd.serve, [pages.stats], page.handle)
                 work.start_soon(source.watch, live)
                 work.start_soon(pools.sweep)
+                work.start_soon(extensions.run, calls, lambda: source.objects or ObjectSet.EMPTY)
                 for listener in hbone:
                     work.start_soon(accept, work, listener, inbound.serve_tunnel)
                 gc.collect()
@@ -174,13 +179,14 @@ async def _main(
     log.info("stopped")
 
 
-def _state(settings: WaypointSettings, source: MeshSource) -> LiveState:
+def _state(settings: WaypointSettings, source: MeshSource, extensions: Extensions) -> LiveState:
     planner = Planner(
         settings.namespace,
         settings.name,
         trust_domain=settings.trust_domain,
         root_namespace=settings.root_namespace,
         cluster_domain=settings.cluster_domain,
+        keep=extensions.keep,
     )
     return LiveState(
         planner,

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import trio
 
-from meshbpf.agent.core.address import SocketAddress
+from meshbpf.agent.core.address import SocketAddress, parse_ip
 from meshbpf.agent.core.authority import HostPort
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.route import PlainRoute, Refused
+from meshbpf.agent.l7.authn.uris import refused_address
 from meshbpf.agent.l7.balancer import Balancer
 from meshbpf.agent.l7.filter import Call, CallAnswer, CallFailed
 from meshbpf.agent.l7.message import ResponseHead
@@ -105,7 +106,8 @@ class Calls:
         if isinstance(target, SocketAddress) and not call.tls:
             return await self._dialer.open(self._state.own, PlainRoute(target, None, None))
         host = target.host if isinstance(target, HostPort) else str(target.ip)
-        stream = await trio.open_tcp_stream(host, target.port)
+        address = await _guarded_address(host, target.port) if call.guarded else host
+        stream = await trio.open_tcp_stream(address, target.port)
         if not call.tls:
             return StreamChannel(stream)
         secured = trio.SSLStream(stream, self._tls, server_hostname=host)
@@ -115,6 +117,19 @@ class Calls:
             await trio.aclose_forcefully(secured)
             raise BrokenError(f"TLS with {host}: {error.__cause__ or error}") from error
         return StreamChannel(secured)
+
+
+async def _guarded_address(host: str, port: int) -> str:
+    """The address to dial for a host that an object's author chose, resolved once.
+
+    All addresses must be allowed: which of several is dialed is no one's choice.
+    """
+    found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+    addresses = [str(sockaddr[0]) for *_, sockaddr in found]
+    for address in addresses:
+        if reason := refused_address(parse_ip(address)):
+            raise MeshbpfError("address-refused", f"{host}: {address} {reason}")
+    return addresses[0]
 
 
 class StreamChannel:

@@ -18,6 +18,7 @@ from meshbpf.agent.runtime.exposition import (
 )
 from meshbpf.agent.runtime.httpd import Request, Response
 from meshbpf.agent.runtime.mesh_source import MeshSource
+from meshbpf.agent.runtime.waypoint.extensions import Extensions
 from meshbpf.agent.runtime.waypoint.proxy import Proxy
 from meshbpf.agent.runtime.waypoint.serve import Inbound
 
@@ -28,12 +29,18 @@ class Pages:
     """Answers GET on the metrics port."""
 
     def __init__(
-        self, proxy: Proxy, inbound: Inbound, certificates: CertificateStore, source: MeshSource
+        self,
+        proxy: Proxy,
+        inbound: Inbound,
+        certificates: CertificateStore,
+        source: MeshSource,
+        extensions: Extensions,
     ) -> None:
         self._proxy = proxy
         self._inbound = inbound
         self._certificates = certificates
         self._source = source
+        self._extensions = extensions
 
     async def handle(self, request: Request) -> Response:
         """One scrape."""
@@ -47,6 +54,7 @@ class Pages:
 
     def _families(self) -> Iterator[Family]:
         """Everything that is counted."""
+        yield from self._extensions.families()
         proxy, served = self._proxy, self._inbound.served
         totals, pools = proxy.statistics, proxy.pools.statistics()
         plan = proxy.state.plan

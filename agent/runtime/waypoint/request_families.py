@@ -1,0 +1,72 @@
+"""The request metrics of a waypoint as families of an exposition."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from meshbpf.agent.l7.telemetry.request_metrics import (
+    BUCKETS,
+    HELP,
+    NAMES,
+    Metric,
+    RequestMetrics,
+    Sample,
+)
+from meshbpf.agent.l7.wasm.abi import MetricType
+from meshbpf.agent.l7.wasm.shared import PluginMetrics
+from meshbpf.agent.runtime.exposition import (
+    Family,
+    Kind,
+    histogram_samples,
+    label_text,
+    single,
+)
+
+_NO_NAME = re.compile(r"[^a-zA-Z0-9_]")
+
+
+def request_families(metrics: RequestMetrics) -> Iterator[Family]:
+    """Istio's four, and how many series there are."""
+    found = list(metrics.samples())
+    for metric in Metric:
+        samples = [each for each in found if each.metric is metric]
+        kind = Kind.COUNTER if metric is Metric.REQUEST_COUNT else Kind.HISTOGRAM
+        lines = _counts(samples) if kind is Kind.COUNTER else _histograms(samples)
+        yield Family(NAMES[metric], HELP[metric], kind, lines)
+    yield single("meshbpf_waypoint_series", "Series of request metrics", Kind.GAUGE, len(metrics))
+    yield single(
+        "meshbpf_waypoint_series_overflowed",
+        "Requests counted without labels because there were too many series",
+        Kind.COUNTER,
+        metrics.overflowed,
+    )
+
+
+def plugin_families(metrics: PluginMetrics) -> Iterator[Family]:
+    """What plugins count, under their own names."""
+    for metric in metrics.found:
+        # A name is a plugin's; Envoy puts the same prefix before it.
+        name = f"wasmcustom_{_NO_NAME.sub('_', metric.name)}"
+        told = f"Defined by a plugin as {metric.name}"
+        match metric.kind:
+            case MetricType.COUNTER:
+                yield single(name.removesuffix("_total"), told, Kind.COUNTER, metric.value)
+            case MetricType.GAUGE:
+                yield single(name, told, Kind.GAUGE, metric.value)
+            case MetricType.HISTOGRAM:
+                yield single(f"{name}_sum", told, Kind.GAUGE, metric.value)
+                yield single(f"{name}_count", told, Kind.GAUGE, metric.count)
+
+
+def _counts(samples: list[Sample]) -> Iterator[tuple[str, int]]:
+    for each in samples:
+        yield label_text(each.names, each.values), each.count
+
+
+def _histograms(samples: list[Sample]) -> Iterator[tuple[str, int | float]]:
+    for each in samples:
+        if each.histogram is not None:
+            yield from histogram_samples(
+                each.names, each.values, BUCKETS, each.histogram.counts, each.histogram.total
+            )

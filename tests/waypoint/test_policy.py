@@ -1,0 +1,308 @@
+"""Policies, tokens, plugins and telemetry on real requests: pod to waypoint to pod, over HBONE."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.progs.program import eventually
+from tests.unit.l7.wasm import filters
+from tests.waypoint.bed import WaypointBed, a_service, an_object, inside_connect, vip
+
+pytestmark = [pytest.mark.root, pytest.mark.netns]
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+ISSUER = "https://issuer.example"
+
+
+def policy(name: str, service: str, *, kind: str = "AuthorizationPolicy", **spec: Any) -> Any:
+    group = {"WasmPlugin": "extensions", "Telemetry": "telemetry"}.get(kind, "security")
+    targets = [{"group": "", "kind": "Service", "name": service}]
+    body = {"targetRefs": targets, **spec}
+    return an_object(kind, name, group=f"{group}.istio.io", spec=body)
+
+
+def mesh_config(text: str) -> Any:
+    return an_object("ConfigMap", "istio", namespace="istio-system", data={"mesh": text})
+
+
+def token(**claims: Any) -> str:
+    payload = {"iss": ISSUER, "sub": "alice", "exp": int(time.time()) + 600, **claims}
+    return jwt.encode(payload, KEY, "ES256", {"kid": "k"})
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {text}"}
+
+
+def lines(bed: WaypointBed, mark: str) -> list[dict[str, Any]]:
+    """The access log's JSON lines that have `mark` in them."""
+    assert bed.waypoint is not None
+    return [
+        json.loads(line)
+        for line in bed.waypoint.log.read_text().splitlines()
+        if line.startswith("{") and mark in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def guarded(bed: WaypointBed) -> Iterator[WaypointBed]:
+    """All policies of this file at once, each on a service of its own."""
+    jwks = json.dumps(
+        {
+            "keys": [
+                {**jwt.algorithms.ECAlgorithm.to_jwk(KEY.public_key(), as_dict=True), "kid": "k"}
+            ]
+        }
+    )
+    for name, code in (("add", filters.ADD_HEADER), ("spin", filters.SPIN)):
+        (bed.directory / f"{name}.wasm").write_bytes(code)
+
+    def module(name: str) -> str:
+        return f"file://{bed.directory}/{name}.wasm"
+
+    check = f"{vip('echo-v2')}"
+    objects = [
+        a_service("p-deny", 60),
+        policy(
+            "deny-admin",
+            "p-deny",
+            action="DENY",
+            rules=[{"to": [{"operation": {"paths": ["/admin", "/admin/{**}"]}}]}],
+        ),
+        a_service("p-allow", 61),
+        policy(
+            "allow-own-get",
+            "p-allow",
+            rules=[
+                {
+                    "from": [{"source": {"namespaces": ["apps"]}}],
+                    "to": [{"operation": {"methods": ["GET"]}}],
+                },
+                {
+                    "from": [{"source": {"namespaces": ["apps"]}}],
+                    "to": [{"operation": {"ports": ["9090"]}}],
+                },
+            ],
+        ),
+        a_service("p-jwt", 62),
+        policy(
+            "tokens",
+            "p-jwt",
+            kind="RequestAuthentication",
+            jwtRules=[
+                {
+                    "issuer": ISSUER,
+                    "jwks": jwks,
+                    "outputClaimToHeaders": [{"header": "x-user", "claim": "sub"}],
+                }
+            ],
+        ),
+        policy(
+            "alice-only",
+            "p-jwt",
+            rules=[{"from": [{"source": {"requestPrincipals": [f"{ISSUER}/alice"]}}]}],
+        ),
+        a_service("p-custom", 63),
+        policy(
+            "ask",
+            "p-custom",
+            action="CUSTOM",
+            provider={"name": "authorizer"},
+            rules=[{"to": [{"operation": {"notPaths": ["/open"]}}]}],
+        ),
+        a_service("p-wasm", 64),
+        policy("add", "p-wasm", kind="WasmPlugin", url=module("add")),
+        a_service("p-spin", 65),
+        policy("spin", "p-spin", kind="WasmPlugin", url=module("spin")),
+        a_service("p-spin-open", 66),
+        policy(
+            "spin-open",
+            "p-spin-open",
+            kind="WasmPlugin",
+            url=module("spin"),
+            failStrategy="FAIL_OPEN",
+        ),
+        a_service("p-bad", 67),
+        policy("typo", "p-bad", action="DENY", rules=[{"to": [{"operation": {"pathz": ["/"]}}]}]),
+        a_service("p-told", 68),
+        policy(
+            "told",
+            "p-told",
+            kind="Telemetry",
+            accessLogging=[
+                {
+                    "providers": [{"name": "json"}],
+                    "filter": {"expression": "response.code >= 400"},
+                }
+            ],
+            metrics=[{"overrides": [{"tagOverrides": {"host": {"value": "request.host"}}}]}],
+            tracing=[
+                {"providers": [{"name": "collector"}], "randomSamplingPercentage": 100},
+            ],
+        ),
+        mesh_config(
+            f"""
+            extensionProviders:
+            - name: authorizer
+              envoyExtAuthzHttp:
+                service: {check}
+                port: 8080
+                pathPrefix: /status
+                includeRequestHeadersInCheck: [x-ask]
+            - name: json
+              envoyFileAccessLog: {{logFormat: {{labels: {{
+                path: "%REQ(:PATH)%", code: "%RESPONSE_CODE%", who: "%DOWNSTREAM_PEER_URI_SAN%",
+                detail: "%RESPONSE_CODE_DETAILS%"}}}}}}
+            - name: collector
+              opentelemetry:
+                service: {check}
+                port: 8080
+                http: {{path: /v1/traces}}
+            """
+        ),
+    ]
+    with bed.objects(*objects):
+        eventually(
+            "the plugins are compiled",
+            lambda: bed.get("p-wasm").status == 200,
+            20.0,
+        )
+        yield bed
+
+
+def test_a_denied_path_is_forbidden_however_it_is_written(guarded: WaypointBed) -> None:
+    assert guarded.get("p-deny", "/").status == 200
+    for path in ("/admin", "/admin/x/y", "/x/../admin", "/%61dmin", "/./admin?q=1"):
+        answer = guarded.get("p-deny", path)
+        assert (answer.status, answer.body) == (403, b"RBAC: access denied"), path
+
+
+def test_an_allow_holds_for_its_callers_and_methods_alone(guarded: WaypointBed) -> None:
+    assert guarded.get("p-allow").status == 200
+    assert guarded.get("p-allow", method="POST", body=b"x").status == 403
+    assert guarded.get("p-allow", client="n1b").status == 403
+
+
+def tcp_says(bed: WaypointBed, service: str, client: str) -> bytes:
+    with inside_connect(bed[client].netns, vip(service), 9090) as sock:
+        sock.sendall(b"ping\n")
+        sock.settimeout(5)
+        try:
+            return sock.recv(64)
+        except ConnectionResetError:
+            return b""
+
+
+def test_an_allow_holds_for_opaque_connections_too(guarded: WaypointBed) -> None:
+    assert tcp_says(guarded, "p-allow", "n1a") != b""
+    assert tcp_says(guarded, "p-allow", "n1b") == b""
+
+
+def test_a_good_token_passes_and_its_claim_reaches_the_backend(guarded: WaypointBed) -> None:
+    answer = guarded.get("p-jwt", headers={**bearer(token()), "x-user": "root"})
+    assert answer.status == 200
+    assert answer.said["headers"]["x-user"] == ["alice"]
+    assert "authorization" not in answer.said["headers"]
+
+
+def test_without_a_token_or_with_anothers_the_policy_refuses(guarded: WaypointBed) -> None:
+    assert guarded.get("p-jwt").status == 403
+    assert guarded.get("p-jwt", headers=bearer(token(sub="bob"))).status == 403
+
+
+def test_an_expired_token_is_answered_401(guarded: WaypointBed) -> None:
+    answer = guarded.get("p-jwt", headers=bearer(token(exp=int(time.time()) - 90)))
+    assert (answer.status, answer.body) == (401, b"Jwt is expired")
+    assert "invalid_token" in answer.headers["www-authenticate"]
+
+
+def test_an_authorizer_in_the_mesh_decides(guarded: WaypointBed) -> None:
+    assert guarded.get("p-custom", "/open").status == 200
+    # The authorizer answers with the status that the path names.
+    assert guarded.get("p-custom", "/200").status == 200
+    assert guarded.get("p-custom", "/401").status == 401
+    assert guarded.get("p-custom", "/503").status == 403
+
+
+def test_a_plugin_edits_request_and_response(guarded: WaypointBed) -> None:
+    answer = guarded.get("p-wasm", "/x")
+    assert answer.said["path"] == "/rewritten"
+    assert answer.said["headers"]["x-plugin"] == ["seen"]
+    assert answer.headers["x-plugin"] == "seen"
+
+
+def test_a_plugin_that_never_ends_costs_one_request_and_no_other_service(
+    guarded: WaypointBed,
+) -> None:
+    assert guarded.get("p-spin", limit_s=20).status == 503
+    assert guarded.get("p-spin-open", limit_s=20).status == 200
+    begun = time.monotonic()
+    assert guarded.get("p-deny").status == 200
+    assert time.monotonic() - begun < 2
+
+
+def test_a_policy_with_a_typing_error_closes_its_service_and_is_logged(
+    guarded: WaypointBed,
+) -> None:
+    assert guarded.get("p-bad").status == 403
+    assert guarded.waypoint is not None
+    log = guarded.waypoint.log.read_text()
+    assert "AuthorizationPolicy apps/typo" in log
+    assert "spec.rules[0].to[0].operation.pathz" in log
+
+
+def test_requests_are_logged_as_telemetry_says(guarded: WaypointBed) -> None:
+    assert guarded.get("p-told", "/fine").status == 200
+    assert guarded.get("p-told", "/status/418").status == 418
+    eventually("the line is there", lambda: lines(guarded, "/status/418"), 5.0)
+    (line,) = lines(guarded, "/status/418")
+    assert line == {
+        "path": "/status/418",
+        "code": 418,
+        "who": f"spiffe://cluster.local/ns/apps/sa/{guarded['n1a'].service_account}",
+        "detail": "via_upstream",
+    }
+    assert lines(guarded, "/fine") == []
+
+
+def test_requests_are_counted_with_the_waypoint_as_reporter(guarded: WaypointBed) -> None:
+    guarded.get("p-deny", "/admin")
+    _, page = guarded.ask_waypoint(15020, "/metrics")
+    denied = [
+        line
+        for line in page.splitlines()
+        if line.startswith("istio_requests_total{")
+        and 'destination_service_name="p-deny"' in line
+        and 'response_code="403"' in line
+    ]
+    assert len(denied) == 1
+    assert 'reporter="waypoint"' in denied[0]
+    assert 'source_workload_namespace="apps"' in denied[0]
+    assert 'destination_workload="unknown"' in denied[0]
+    assert "istio_request_duration_milliseconds_bucket{" in page
+    guarded.get("p-told", "/counted")
+    _, page = guarded.ask_waypoint(15020, "/metrics")
+    assert 'host="p-told"' in page
+
+
+def test_the_next_one_learns_of_the_trace_and_a_collector_of_the_span(
+    guarded: WaypointBed,
+) -> None:
+    before = guarded.metric("meshbpf_waypoint_spans_exported_total")
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    answer = guarded.get("p-told", headers={"traceparent": parent})
+    (sent,) = answer.said["headers"]["traceparent"]
+    assert sent.split("-")[1] == parent.split("-")[1]
+    assert sent.split("-")[2] != parent.split("-")[2]
+    eventually(
+        "the collector took the span",
+        lambda: guarded.metric("meshbpf_waypoint_spans_exported_total") > before,
+        10.0,
+    )
