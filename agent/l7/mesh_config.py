@@ -13,10 +13,13 @@ from typing import Any
 
 import yaml
 
-from meshbpf.agent.core.objects import KubeObject, ObjectSet
-from meshbpf.agent.l7.paths import DEFAULT, PathNormalization
+from meshbpf.agent.core.objects import KubeObject
+from meshbpf.agent.l7.filter import Filter
+from meshbpf.agent.l7.memo import memo_of
+from meshbpf.agent.l7.paths import DEFAULT, NormalizePath, PathNormalization
 from meshbpf.agent.l7.problem import ObjectError, Problem
 from meshbpf.agent.l7.providers import Provider, read_provider
+from meshbpf.agent.l7.sources import Scope
 from meshbpf.agent.l7.spec import Value
 
 NAME = "istio"
@@ -41,13 +44,19 @@ class MeshConfig:
     access_log_format: str = ""
     access_log_json: bool = False
     defaults: DefaultProviders = DefaultProviders()
+    trust_domain_aliases: tuple[str, ...] = ()
 
 
-def read_mesh_config(objects: ObjectSet, root_namespace: str) -> tuple[MeshConfig, list[Problem]]:
+def read_mesh_config(scope: Scope) -> tuple[MeshConfig, list[Problem]]:
     """The configuration, its defaults where a part is bad or absent, and what is bad."""
-    source = objects.get("", "ConfigMap", root_namespace, NAME)
+    source = scope.objects.get("", "ConfigMap", scope.root_namespace, NAME)
     if source is None:
         return MeshConfig(), []
+    config, problems = memo_of(scope).read(source, _read)
+    return config, list(problems)
+
+
+def _read(source: KubeObject) -> tuple[MeshConfig, list[Problem]]:
     problems: list[Problem] = []
     text = (source.body.get("data") or {}).get("mesh", "")
     try:
@@ -75,6 +84,7 @@ def read_mesh_config(objects: ObjectSet, root_namespace: str) -> tuple[MeshConfi
             str(raw.get("accessLogFormat") or ""),
             raw.get("accessLogEncoding") == "JSON",
             DefaultProviders(*(_names(defaults, name) for name in _DEFAULTS)),
+            _names(raw, "trustDomainAliases"),
         ),
         problems,
     )
@@ -109,3 +119,9 @@ def _normalization(source: KubeObject, raw: Mapping[str, Any]) -> PathNormalizat
 def _names(defaults: Any, name: str) -> tuple[str, ...]:
     found = defaults.get(name) if isinstance(defaults, dict) else None
     return tuple(str(each) for each in found) if isinstance(found, list) else ()
+
+
+def path_normalization(scope: Scope) -> tuple[list[Filter], list[Problem]]:
+    """The filter that brings paths to one spelling, as far as the mesh wants it."""
+    mesh, problems = read_mesh_config(scope)
+    return [NormalizePath(mesh.normalization)], problems

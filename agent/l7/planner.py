@@ -19,7 +19,6 @@ from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import NamespacedHostname
 from meshbpf.agent.l7.exchange import Protocol
 from meshbpf.agent.l7.filter import Chain, Filter
-from meshbpf.agent.l7.paths import NormalizePath
 from meshbpf.agent.l7.plan import NO_ROUTES, PortPlan, Routes, ServicePlan, WaypointPlan
 from meshbpf.agent.l7.problem import ObjectError, Problem
 from meshbpf.agent.l7.protocols import declared
@@ -161,7 +160,7 @@ class Planner:
         scope = Scope(
             objects, gateway, service, self._trust_domain, self._root_namespace, self._keep
         )
-        filters: list[Filter] = [NormalizePath()]
+        filters: list[Filter] = []
         for source in self._sources:
             found, wrong = source(scope)
             filters += found

@@ -11,6 +11,7 @@ from meshbpf.agent.l7.attachment import applies
 from meshbpf.agent.l7.authn.filter import AuthenticationFilter, KeyRing
 from meshbpf.agent.l7.authn.rules import GROUP, KIND, JwtRule, parse_authentication
 from meshbpf.agent.l7.filter import Filter
+from meshbpf.agent.l7.memo import memo_of
 from meshbpf.agent.l7.problem import ObjectError, Problem
 from meshbpf.agent.l7.sources import Scope
 
@@ -21,9 +22,10 @@ def authentication(scope: Scope) -> tuple[list[Filter], list[Problem]]:
     """One filter for all RequestAuthentications at a destination."""
     rules: list[JwtRule] = []
     problems: list[Problem] = []
-    for each in scope.objects.of_kind(GROUP, KIND):
+    memo = memo_of(scope)
+    for each in memo.every(GROUP, KIND):
         try:
-            read = parse_authentication(each)
+            read = memo.read(each, parse_authentication)
         except ObjectError as error:
             problems.append(error.problem(each))
             continue

@@ -11,7 +11,9 @@ from meshbpf.agent.l7.authz.custom import ExternalAuthorization
 from meshbpf.agent.l7.authz.filter import AuthorizationFilter
 from meshbpf.agent.l7.authz.parse import GROUP, KIND, read_policy
 from meshbpf.agent.l7.authz.policy import Action, HttpPolicy
+from meshbpf.agent.l7.authz.trust import with_aliases
 from meshbpf.agent.l7.filter import Filter
+from meshbpf.agent.l7.memo import memo_of
 from meshbpf.agent.l7.mesh_config import read_mesh_config
 from meshbpf.agent.l7.problem import ObjectError, Problem
 from meshbpf.agent.l7.providers import Authorizer
@@ -25,7 +27,7 @@ def authorization(scope: Scope) -> tuple[list[Filter], list[Problem]]:
     if plain := [policy for policy in policies if policy.action is not Action.CUSTOM]:
         filters.append(AuthorizationFilter(plain))
     if custom := [policy for policy in policies if policy.action is Action.CUSTOM]:
-        mesh, wrong = read_mesh_config(scope.objects, scope.root_namespace)
+        mesh, wrong = read_mesh_config(scope)
         problems += wrong
         for provider in dict.fromkeys(policy.provider for policy in custom):
             known = mesh.providers.get(provider)
@@ -47,12 +49,17 @@ def policies_at(scope: Scope) -> tuple[list[HttpPolicy], list[Problem]]:
     """The policies that hold at a destination, and what is wrong with any of the objects."""
     policies: list[HttpPolicy] = []
     problems: list[Problem] = []
-    for each in scope.objects.of_kind(GROUP, KIND):
-        policy, error = read_policy(each)
+    memo = memo_of(scope)
+    for each in memo.every(GROUP, KIND):
+        policy, error = memo.read(each, read_policy)
         if error is not None:
             problems.append(error.problem(each))
         if applies(scope, policy.key, policy.targets):
             policies.append(policy)
+    if policies:
+        mesh, _ = read_mesh_config(scope)
+        domains = (scope.trust_domain, *mesh.trust_domain_aliases)
+        policies = [with_aliases(policy, domains) for policy in policies]
     # The order of evaluation must not depend on the order in which a cluster lists.
     policies.sort(key=lambda policy: (policy.key.namespace, policy.key.name))
     return policies, problems

@@ -17,6 +17,7 @@ from typing import Any
 from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.l7.attachment import TARGET_FIELDS, applies, read_targets
 from meshbpf.agent.l7.exchange import Exchange
+from meshbpf.agent.l7.memo import memo_of
 from meshbpf.agent.l7.problem import ObjectError, Problem
 from meshbpf.agent.l7.sources import Scope
 from meshbpf.agent.l7.spec import Value
@@ -90,19 +91,31 @@ def rules_at(scope: Scope) -> tuple[Rules, list[Problem]]:
     """Read and merge. A bad object is left out whole and reported: it guards nothing."""
     problems: list[Problem] = []
     layers: list[tuple[int, str, KubeObject, dict[str, Value]]] = []
-    for each in scope.objects.of_kind(GROUP, KIND):
+    memo = memo_of(scope)
+    for each in memo.every(GROUP, KIND):
         try:
-            fields = Value.spec(each).record(
-                (*TARGET_FIELDS, "tracing", "metrics", "accessLogging")
-            )
+            fields = memo.read(each, _fields)
             place = _place(scope, each, fields)
         except ObjectError as error:
             problems.append(error.problem(each))
             continue
         if place is not None:
             layers.append((place, f"{each.namespace}/{each.name}", each, fields))
+    layers.sort(key=lambda layer: layer[:2])
+    # Most destinations have the same layers, and expressions take long to compile.
+    key = (KIND, *(layer[2].key for layer in layers))
+    rules, bad = memo.make(key, lambda: _merge([layer[2:] for layer in layers]))
+    return rules, [*problems, *bad]
+
+
+def _fields(each: KubeObject) -> dict[str, Value]:
+    return Value.spec(each).record((*TARGET_FIELDS, "tracing", "metrics", "accessLogging"))
+
+
+def _merge(layers: list[tuple[KubeObject, dict[str, Value]]]) -> tuple[Rules, list[Problem]]:
     rules = Rules(LogRules(), TraceRules(), dict.fromkeys(Metric, _STANDARD))
-    for _, _, each, fields in sorted(layers, key=lambda layer: layer[:2]):
+    problems = []
+    for each, fields in layers:
         try:
             rules = _merged(rules, fields)
         except ObjectError as error:

@@ -32,7 +32,7 @@ _SAMPLING_PERCENT = 1.0  # meshConfig.defaultConfig.tracing.sampling
 
 def telemetry(scope: Scope) -> tuple[list[Filter], list[Problem]]:
     """The filter that tells, and the one that begins spans where there are any."""
-    mesh, problems = read_mesh_config(scope.objects, scope.root_namespace)
+    mesh, problems = read_mesh_config(scope)
     rules, bad = rules_at(scope)
     problems += bad
     sinks: Sinks = scope.keep.setdefault(SINKS, Sinks())

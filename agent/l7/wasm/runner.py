@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import wasmtime
 
+from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.l7.wasm.fastcall import GuestFaultError, make_engine
-from meshbpf.agent.l7.wasm.plugin import FailStrategy, ModuleSource, Plugin
+from meshbpf.agent.l7.wasm.plugin import FailStrategy, ModuleSource, Plugin, parse_plugin
 from meshbpf.agent.l7.wasm.vm import Settings, Surroundings, Vm
 
 RELOAD_FIRST_S = 1.0  # Envoy's ReloadConfig backoff
@@ -102,6 +103,10 @@ class Plugins:
     wake: Callable[[], None] = lambda: None
     """Called when a module is wanted that was not before."""
     _runners: dict[Plugin, Runner] = field(default_factory=dict)
+
+    def parse(self, source: KubeObject) -> Plugin:
+        """Read an object, with this process's environment."""
+        return parse_plugin(source, self.environ)
 
     def runner(self, plugin: Plugin) -> Runner:
         """The runner of a plugin as it is configured now."""

@@ -12,9 +12,10 @@ from typing import Any
 
 from meshbpf.agent.l7.attachment import applies
 from meshbpf.agent.l7.filter import Filter
+from meshbpf.agent.l7.memo import memo_of
 from meshbpf.agent.l7.problem import ObjectError, Problem
 from meshbpf.agent.l7.sources import Scope
-from meshbpf.agent.l7.wasm.plugin import GROUP, KINDS, Plugin, parse_plugin
+from meshbpf.agent.l7.wasm.plugin import GROUP, KINDS, Plugin
 
 try:
     from meshbpf.agent.l7.wasm.filter import WasmFilter
@@ -41,12 +42,13 @@ def wasm_plugins(scope: Scope) -> tuple[list[Filter], list[Problem]]:
     """The filters of all WasmPlugins and TrafficExtensions at a destination."""
     found: list[Plugin] = []
     problems: list[Problem] = []
+    memo = memo_of(scope)
     for kind in KINDS:
-        for each in scope.objects.of_kind(GROUP, kind):
+        for each in memo.every(GROUP, kind):
             try:
                 if _MISSING:
                     raise ObjectError("spec", _MISSING, reason="Unsupported")
-                plugin = parse_plugin(each, plugins_in(scope.keep).environ)
+                plugin = memo.read(each, plugins_in(scope.keep).parse)
             except ObjectError as error:
                 problems.append(error.problem(each))
                 continue
