@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from ipaddress import IPv6Network, ip_network
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from meshbpf.agent.core.address import AddressError, IPAddress, IPNetwork, parse_ip
 from meshbpf.agent.core.errors import ConfigError
@@ -46,26 +46,29 @@ class Value:
         self.path = path
 
     @classmethod
-    def spec(cls, owner: KubeObject) -> Value:
+    def spec(cls, owner: KubeObject) -> Self:
         """The object's `spec`."""
         return cls(owner, owner.spec, "spec")
 
     @classmethod
-    def of(cls, owner: KubeObject, key: str) -> Value:
+    def of(cls, owner: KubeObject, key: str) -> Self:
         """A field of the object's own, such as `status`."""
         return cls(owner, owner.body.get(key), key)
 
-    def error(self, reason: str) -> ObjectError:
-        """The complaint about this field; the caller raises it."""
+    def error(self, reason: str) -> Exception:
+        """The complaint about this field, an ObjectError; the caller raises it.
+
+        A reader whose complaints are of another kind overrides this.
+        """
         return ObjectError(self.object.key, self.path, reason, self.object.origin)
 
-    def record(self, known: Collection[str]) -> dict[str, Value]:
+    def record(self, known: Collection[str]) -> dict[str, Self]:
         """The fields of a mapping that are not null; all of them must be known."""
         if not isinstance(self.raw, Mapping):
             raise self._expected("a mapping")
         found = {}
         for key, raw in self.raw.items():
-            child = Value(self.object, raw, f"{self.path}.{key}")
+            child = type(self)(self.object, raw, f"{self.path}.{key}")
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 raise child.error("unknown field" + (f"; meant {close[0]}?" if close else ""))
@@ -73,7 +76,7 @@ class Value:
                 found[key] = child
         return found
 
-    def get(self, *path: str) -> Value:
+    def get(self, *path: str) -> Self:
         """The field below this mapping at `path`; its `raw` is None where there is none.
 
         For objects of which only some fields are read (a Pod has hundreds).
@@ -81,10 +84,10 @@ class Value:
         found = self
         for index, key in enumerate(path):
             if found.raw is None:
-                return Value(self.object, None, ".".join((found.path, *path[index:])))
+                return type(self)(self.object, None, ".".join((found.path, *path[index:])))
             if not isinstance(found.raw, Mapping):
                 raise found._expected("a mapping")
-            found = Value(self.object, found.raw.get(key), f"{found.path}.{key}")
+            found = type(self)(self.object, found.raw.get(key), f"{found.path}.{key}")
         return found
 
     @property
@@ -92,27 +95,27 @@ class Value:
         """Whether something stands here."""
         return self.raw is not None
 
-    def entries(self) -> Iterator[tuple[str, Value]]:
+    def entries(self) -> Iterator[tuple[str, Self]]:
         """The entries of a mapping whose keys are free."""
         if not isinstance(self.raw, Mapping):
             raise self._expected("a mapping")
         for key, raw in self.raw.items():
             if not isinstance(key, str):
                 raise self.error(f"the key {key!r} is not a text")
-            yield key, Value(self.object, raw, f"{self.path}[{key}]")
+            yield key, type(self)(self.object, raw, f"{self.path}[{key}]")
 
-    def items(self) -> Iterator[Value]:
+    def items(self) -> Iterator[Self]:
         """The items of a list."""
         if not isinstance(self.raw, list | tuple):
             raise self._expected("a list")
         for index, raw in enumerate(self.raw):
-            yield Value(self.object, raw, f"{self.path}[{index}]")
+            yield type(self)(self.object, raw, f"{self.path}[{index}]")
 
-    def need(self, fields: Mapping[str, Value], key: str) -> Value:
+    def need(self, fields: Mapping[str, Self], key: str) -> Self:
         """A field of this record that must be there."""
         found = fields.get(key)
         if found is None:
-            raise Value(self.object, None, f"{self.path}.{key}").error("is missing")
+            raise type(self)(self.object, None, f"{self.path}.{key}").error("is missing")
         return found
 
     def text(self, *, empty: bool = False) -> str:
@@ -186,7 +189,7 @@ class Value:
             raise self.error(f"{_shown(text)} is IPv4 in IPv6's clothes: write it as IPv4")
         return network
 
-    def _expected(self, what: str) -> ObjectError:
+    def _expected(self, what: str) -> Exception:
         found = "nothing" if self.raw is None else _shown(self.raw)
         return self.error(f"expected {what}, found {found}")
 
