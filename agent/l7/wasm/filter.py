@@ -14,15 +14,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from meshbpf.agent.core.address import AddressError, SocketAddress
-from meshbpf.agent.core.authority import Authority, parse_authority
 from meshbpf.agent.l7.exchange import Exchange, Protocol
 from meshbpf.agent.l7.filter import (
     CONTINUE,
     Body,
-    Call,
-    CallAnswer,
-    CallFailed,
     Command,
     Filter,
     Outcome,
@@ -33,16 +28,14 @@ from meshbpf.agent.l7.filter import (
 )
 from meshbpf.agent.l7.message import Headers
 from meshbpf.agent.l7.wasm.abi import PAUSE
+from meshbpf.agent.l7.wasm.dispatch import make_calls
 from meshbpf.agent.l7.wasm.fastcall import GuestFaultError
 from meshbpf.agent.l7.wasm.plugin import FailStrategy
 from meshbpf.agent.l7.wasm.runner import Runner
-from meshbpf.agent.l7.wasm.streams import Context, Dispatched
+from meshbpf.agent.l7.wasm.streams import Context
 from meshbpf.agent.l7.wasm.vm import Vm
 
 BODY_LIMIT_BYTES = 1024 * 1024
-_MAX_CALLS = 64
-"""Of one request: a plugin may answer each call with the next one."""
-_DEFAULT_CALL_TIMEOUT_S = 5.0
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE", "CONNECT", "TRACE"})
 
 
@@ -128,7 +121,7 @@ class WasmFilter(Filter):
         with_body = _has_body(context)
         context.resumed = False
         action = vm.call(f"proxy_on_{side}_headers", context, len(headers), 0 if with_body else 1)
-        yield from _calls(vm, context)
+        yield from make_calls(vm, context)
         if (reply := context.take_reply()) is not None:
             return reply
         paused = action == PAUSE and not context.resumed
@@ -141,7 +134,7 @@ class WasmFilter(Filter):
             context.body, context.body_changed = body.data, False
             context.resumed = False
             action = vm.call(body_callback, context, len(body.data), 1)
-            yield from _calls(vm, context)
+            yield from make_calls(vm, context)
             changed = context.changed_body()
             if (reply := context.take_reply()) is not None:
                 return reply
@@ -172,42 +165,3 @@ def _has_body(context: Context) -> bool:
 
 def _protocol(context: Context) -> Protocol | None:
     return None if context.exchange is None else context.exchange.protocol
-
-
-def _calls(vm: Vm, context: Context) -> Generator[Command, Any, None]:
-    """Make the calls that the plugin dispatched, and those that it dispatches meanwhile."""
-    made = 0
-    while context.dispatched and context.reply is None:
-        made += 1
-        if made > _MAX_CALLS:
-            raise GuestFaultError(f"dispatched more than {_MAX_CALLS} calls for one request")
-        wanted = context.dispatched.pop(0)
-        target = _target(wanted)
-        answer: CallAnswer | CallFailed = CallFailed("it names no host")
-        if target is not None:
-            answer = yield Call(
-                target, wanted.head, wanted.body, wanted.timeout_s or _DEFAULT_CALL_TIMEOUT_S
-            )
-        sizes = (0, 0, 0)
-        if isinstance(answer, CallAnswer):
-            context.answer = answer
-            trailers = answer.head.trailers
-            sizes = (len(answer.head.headers) + 1, len(answer.body), len(trailers or ()))
-        try:
-            vm.call("proxy_on_http_call_response", context, wanted.token, *sizes)
-        finally:
-            context.answer = None
-
-
-def _target(wanted: Dispatched) -> Authority | None:
-    """Where an upstream's name leads: `outbound|80||host`, `host:port` or `host`."""
-    parts = wanted.upstream.split("|")
-    named = f"{parts[3]}:{parts[1]}" if len(parts) == 4 else wanted.upstream
-    for text in (named, wanted.head.authority):
-        for form in (text, f"{text}:80"):
-            try:
-                target = parse_authority(form)
-            except AddressError:
-                continue
-            return target if not isinstance(target, SocketAddress) or target.port else None
-    return None

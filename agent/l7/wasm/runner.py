@@ -119,6 +119,10 @@ class Plugins:
             found = self._runners[plugin] = Runner(plugin, wanted, self)
         return found
 
+    def runners(self) -> tuple[Runner, ...]:
+        """All that some plan uses."""
+        return tuple(self._runners.values())
+
     def retain(self, plugins: set[Plugin]) -> None:
         """Forget all others, and modules that nobody wants any more."""
         self._runners = {p: runner for p, runner in self._runners.items() if p in plugins}

@@ -96,6 +96,7 @@ class Vm:
         self.dead = False
         """It faulted: nothing may run in it any more, for whichever request."""
         self._next = 2  # 1 is the root's
+        self._ticked_s = float("-inf")
         self._start(settings)
 
     def function(self, name: str) -> GuestFunction | None:
@@ -134,6 +135,14 @@ class Vm:
             self.call("proxy_on_done", context)
             self.call("proxy_on_log", context)
             self.call("proxy_on_delete", context)
+
+    def tick_due(self, now_s: float) -> bool:
+        """Whether the period that the plugin asked for has passed since this last said so."""
+        period_s = self.host.tick_period_s
+        if not period_s or now_s - self._ticked_s < period_s:
+            return False
+        self._ticked_s = now_s
+        return True
 
     # --- what host functions need (host.Guest)
 

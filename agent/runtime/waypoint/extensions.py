@@ -25,6 +25,7 @@ from meshbpf.agent.runtime.waypoint.span_export import SpanExporter
 try:
     from meshbpf.agent.l7.wasm.filter import WasmFilter
     from meshbpf.agent.runtime.waypoint.wasm_modules import ModuleLoader
+    from meshbpf.agent.runtime.waypoint.wasm_ticks import tick_plugins
 except ImportError:
     # Without the extra `wasm` its source reports each plugin as unsupported.
     _WASM = False
@@ -49,6 +50,7 @@ class Extensions:
             if _WASM:
                 plugins = plugins_in(self.keep)
                 nursery.start_soon(ModuleLoader(plugins, calls, objects).run)
+                nursery.start_soon(tick_plugins, plugins, calls)
 
     def retain(self, plan: WaypointPlan) -> None:
         """Forget the plugins that no filter of the plan runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ import trio.testing
 from meshbpf.agent.core.address import SocketAddress
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.objects import ObjectKey, ObjectSet
-from meshbpf.agent.l7.filter import Call, CallAnswer, CallFailed, Phase
+from meshbpf.agent.l7.filter import CONTINUE, Call, CallAnswer, CallFailed, Phase
 from meshbpf.agent.l7.message import Headers, ResponseHead
 from meshbpf.agent.l7.providers import OtlpTracing
 from meshbpf.agent.l7.telemetry.request_metrics import RequestMetrics
 from meshbpf.agent.l7.telemetry.trace import Span, SpanContext
 from meshbpf.agent.l7.wasm.abi import MetricType
+from meshbpf.agent.l7.wasm.fastcall import compile_module
+from meshbpf.agent.l7.wasm.filter import WasmFilter
 from meshbpf.agent.l7.wasm.plugin import FailStrategy, ModuleSource, Plugin
 from meshbpf.agent.l7.wasm.runner import Plugins, Wanted
 from meshbpf.agent.l7.wasm.shared import PluginMetrics
@@ -28,8 +31,10 @@ from meshbpf.agent.runtime.waypoint.calls import _guarded_address
 from meshbpf.agent.runtime.waypoint.request_families import plugin_families, request_families
 from meshbpf.agent.runtime.waypoint.span_export import BATCH_SPANS, QUEUE_SPANS, SpanExporter
 from meshbpf.agent.runtime.waypoint.wasm_modules import ModuleLoader
+from meshbpf.agent.runtime.waypoint.wasm_ticks import tick_plugins
 from meshbpf.agent.wire.grpc import Decoder
 from meshbpf.agent.wire.pb import otlp_pb2 as pb
+from tests.unit.l7.samples import an_exchange, drive
 from tests.unit.l7.test_telemetry import done
 from tests.unit.l7.wasm import filters
 
@@ -99,6 +104,32 @@ async def test_a_module_is_fetched_by_the_proxys_own_calls() -> None:
         await loaded(runner.wanted)
         nursery.cancel_scope.cancel()
     assert asked == ["files.example:80/p.wasm"]
+
+
+async def test_a_plugin_ticks_without_requests_and_makes_calls(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    plugins = some_plugins()
+    runner = plugins.runner(a_plugin("file:///tick.wasm"))
+    runner.wanted.ready(compile_module(plugins.engine, filters.TICK))
+    asked: list[float] = []
+
+    async def web(call: Call) -> CallAnswer:
+        asked.append(trio.current_time())
+        await trio.lowlevel.checkpoint()
+        return CallAnswer(ResponseHead(200), f"answer {len(asked)}".encode())
+
+    begun = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tick_plugins, plugins, web)
+        await trio.sleep(1.75)
+        nursery.cancel_scope.cancel()
+    assert len(asked) == 4
+    assert asked[0] == begun
+    assert all(0.49 < later - at < 0.62 for at, later in pairwise(asked))
+    exchange = an_exchange()
+    assert drive(WasmFilter(runner).on_request(exchange))[0] is CONTINUE
+    assert exchange.request.headers.get("x-kept") == "answer 4"
 
 
 # --- spans

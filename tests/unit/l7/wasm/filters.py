@@ -27,6 +27,7 @@ IMPORTS = """
   (import "env" "proxy_increment_metric" (func $increment (param i32 i64) (result i32)))
   (import "env" "proxy_call_foreign_function"
     (func $foreign (param i32 i32 i32 i32 i32 i32) (result i32)))
+  (import "env" "proxy_set_tick_period_milliseconds" (func $tick (param i32) (result i32)))
   (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
 """
 
@@ -249,4 +250,28 @@ UNKNOWN = plugin(
   """,
     key="x-a",
     value="b\r\nx-smuggled: 1",
+)
+
+TICK = plugin(
+    """
+  (func (export "proxy_on_configure") (param i32 i32) (result i32)
+    (drop (call $tick (i32.const 500)))
+    (i32.const 1))
+  (func (export "proxy_on_tick") (param i32)
+    (drop (call $http_call @to @to_len @headers @headers_len (i32.const 0) (i32.const 0)
+                (i32.const 0) (i32.const 0) (i32.const 1000) (i32.const 512))))
+  (func (export "proxy_on_http_call_response") (param i32 i32 i32) (param $body i32) (param i32)
+    ;; the last answer is kept for requests
+    (drop (call $bytes (i32.const 4) (i32.const 0) (local.get $body)
+                (i32.const 520) (i32.const 524))))
+  (func (export "proxy_on_request_headers") (param i32 i32 i32) (result i32)
+    (drop (call $add (i32.const 0) @key @key_len
+                (i32.load (i32.const 520)) (i32.load (i32.const 524))))
+    (i32.const 0))
+  """,
+    to="keys.example:80",
+    key="x-kept",
+    headers="\x03\0\0\0"
+    + "\x07\0\0\0\x03\0\0\0\x05\0\0\0\x02\0\0\0\x0a\0\0\0\x04\0\0\0"
+    + ":method\0GET\0:path\0/k\0:authority\0keys\0",
 )
