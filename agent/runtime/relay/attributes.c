@@ -7,7 +7,7 @@
 
 PyObject *n_available, *n_uncredited, *n_batch, *n_total, *n_in_data, *n_payload_left, *n_padding_left,
 	*n_pad_length_due, *n_announced, *n_ends_stream, *n_data_stream, *n_partial, *n_skip, *n_preface,
-	*n_block_stream, *n_first, *n_failure, *n_local_ended, *n_remote_ended, *n_readable, *n_heard,
+	*n_block_stream, *n_first, *n_failure, *n_local_ended, *n_remote_ended, *n_readable, *n_app_ended, *n_heard, *n_sock_ended,
 	*n_ending, *n_closed, *n_max_frame_bytes, *n_act, *n_queue, *n_settle, *n_app_failed, *n_on_data,
 	*n_pass_turn, *n_credit, *n_turn_due, *n_tls_failed, *n_broken, *n_read_turn;
 
@@ -38,12 +38,14 @@ static const struct {
 	{&n_local_ended, "_local_ended"},
 	{&n_remote_ended, "_remote_ended"},
 	{&n_readable, "_readable"},
+	{&n_app_ended, "_app_ended"},
 	{&n_settle, "settle"},
 	{&n_app_failed, "app_failed"},
 	{&n_on_data, "on_data"},
 	{&n_turn_due, "_turn"},
 	// tunnel.py, wire/hbone.py
 	{&n_heard, "_heard"},
+	{&n_sock_ended, "_sock_ended"},
 	{&n_ending, "_ending"},
 	{&n_closed, "closed"},
 	{&n_max_frame_bytes, "max_frame_bytes"},

@@ -46,6 +46,10 @@ enum outcome stream_readable(struct stream *s)
 	int ok = open_still(s, n_local_ended);
 	if (ok <= 0)
 		return ok < 0 ? FAILED : NOT_OURS;
+	// Once its end is known a short read is not the last, so it must go on until the end is read.
+	ok = is_true(s->stream, n_app_ended);
+	if (ok)
+		return ok < 0 ? FAILED : NOT_OURS;
 	ok = is_true(t->tunnel, n_ending);
 	if (ok)
 		return ok < 0 ? FAILED : NOT_OURS;

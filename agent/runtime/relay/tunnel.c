@@ -211,6 +211,9 @@ enum outcome tunnel_readable(struct tunnel *t)
 	int ending = is_true(t->tunnel, n_ending);
 	if (ending)
 		return ending < 0 ? FAILED : NOT_OURS;
+	int ended = is_true(t->tunnel, n_sock_ended); // then reads go on until the end is read
+	if (ended)
+		return ended < 0 ? FAILED : NOT_OURS;
 	ssize_t received = recv(t->fd, engine->ciphertext, READ_BYTES, MSG_DONTWAIT);
 	if (received < 0) {
 		if (errno == EAGAIN)

@@ -203,3 +203,21 @@ def streams_with_app() -> list[TunnelStream]:
         for each in gc.get_objects()
         if isinstance(each, TunnelStream) and each.tunnel._server and each._app is not None
     ]
+
+
+async def test_an_end_right_behind_many_chunks_is_read_at_once(rig: Rig) -> None:
+    """Whoever has more to read has a turn later; the end may come as an event before it."""
+    data = os.urandom(3 * MIB)
+    for _ in range(20):
+        async with rig.joined() as (client, app):
+            with trio.fail_after(5):
+                async with trio.open_nursery() as nursery:
+
+                    async def send(client: trio.SocketStream = client) -> None:
+                        await client.send_all(data)
+                        await client.send_eof()
+
+                    nursery.start_soon(send)
+                    assert await read_all(app) == data
+                await app.send_eof()
+                assert await read_all(client) == b""
