@@ -14,7 +14,7 @@ setup(
             "meshbpf.agent.runtime._relay",
             sources=[
                 f"{NATIVE}/{name}.c"
-                for name in ("attributes", "engine", "module", "stream", "tunnel")
+                for name in ("attributes", "engine", "module", "sockets", "stream", "tunnel")
             ],
             depends=[f"{NATIVE}/relay.h"],
             # No debug information: it would carry the path of the build.

@@ -284,6 +284,10 @@ class Steering:
         """Make it the agent's own socket, which is never captured. Before connect()."""
         self._maps["agent_sockets"].update(codecs.u32(sock.fileno()), _PRESENT)
 
+    def own_sockets_map(self) -> int:
+        """The descriptor of the map that `protect` writes to, for who does it in C."""
+        return self._maps["agent_sockets"].fileno()
+
     def set_probe_cgroups(self, paths: Sequence[Path]) -> tuple[str, ...]:
         """Host processes in or below these cgroups are probes, left alone inbound.
 

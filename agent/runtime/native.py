@@ -10,17 +10,20 @@ where MESHBPF_PURE_PYTHON is set.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import select
 import socket
 from typing import TYPE_CHECKING, Any
 
+from meshbpf.agent.runtime.sockets import KEEPALIVE
 from meshbpf.agent.wire import records
 
 if TYPE_CHECKING:
     from meshbpf.agent.runtime.stream import TunnelStream
     from meshbpf.agent.runtime.tunnel import Tunnel
+    from meshbpf.agent.wire.windows import ReceiveWindow, SendWindow
 
 try:
     _relay: Any = importlib.import_module("meshbpf.agent.runtime._relay")
@@ -31,13 +34,22 @@ Engine = Any
 Handle = Any
 
 
+@functools.cache
+def _usable(pure_python: str | None) -> bool:
+    return _relay is not None and not pure_python and records.function_addresses() is not None
+
+
 def available() -> bool:
     """Whether it was built, and may be used."""
-    return (
-        _relay is not None
-        and not os.environ.get("MESHBPF_PURE_PYTHON")
-        and records.function_addresses() is not None
-    )
+    return _usable(os.environ.get("MESHBPF_PURE_PYTHON"))
+
+
+def pod_socket(
+    netns_fd: int, family: int, own_sockets_map: int, client: bytes, mark: int
+) -> socket.socket:
+    """A prepared socket in a pod's namespace, bound to the packed address `client` unless empty."""
+    fd = _relay.pod_socket(netns_fd, int(family), own_sockets_map, KEEPALIVE, client, mark)
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
 
 
 def engine(epoll: select.epoll) -> Engine | None:
@@ -60,11 +72,13 @@ def tunnel_handle(tunnel: Tunnel, engine: Engine, sock: socket.socket) -> Handle
     )  # fmt: skip
 
 
-def stream_handle(stream: TunnelStream, tunnel: Handle, app: socket.socket) -> Handle | None:
-    """The stream for the engine; None when it has gone from the wire."""
-    windows = stream.tunnel.parts().wire.stream_windows(stream.id)
-    if windows is None:
-        return None
+def stream_handle(
+    stream: TunnelStream,
+    tunnel: Handle,
+    app: socket.socket,
+    windows: tuple[SendWindow, ReceiveWindow],
+) -> Handle:
+    """The stream for the engine."""
     return _relay.StreamHandle(
         tunnel, app.fileno(), stream.id, stream, *windows, stream.taken_from_app,
         stream.sent_to_app, stream.pending,

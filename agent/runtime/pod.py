@@ -106,7 +106,7 @@ class Pod:
             name=self.attachment.name.name,
             service_account=self.attachment.service_account,
             addresses=addresses,
-            sockets=PodSockets(netns, steering.protect, addresses),
+            sockets=PodSockets(netns, steering.protect, addresses, steering.own_sockets_map),
             index=kernel.index,
         )
 

@@ -23,6 +23,7 @@ from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import STEER_MARK, OnAgentDown, PodSteering, Role
 from meshbpf.agent.runtime.attachments import Attachment
+from meshbpf.agent.runtime import native
 from meshbpf.agent.runtime.sockets import family_of, prepare
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -35,6 +36,7 @@ _IPV6_RECVORIGDSTADDR = 74
 _IPV6_TRANSPARENT = 75
 
 _LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+_MAPPED = b"\0" * 10 + b"\xff\xff"
 _BACKLOG_CEILING = 4096
 
 Listeners = Mapping[tuple[Role, int], socket.socket]
@@ -48,8 +50,10 @@ class PodSockets:
         netns: Netns,
         protect: Callable[[socket.socket], None],
         own_addresses: frozenset[IPAddress] = frozenset(),
+        own_sockets_map: Callable[[], int] | None = None,
     ) -> None:
         self._netns = netns
+        self._own_sockets_map = own_sockets_map
         self._protect = protect
         self.own_addresses = own_addresses
         """The pod's own: a client with one of these is not spoofed."""
@@ -94,6 +98,9 @@ class PodSockets:
 
     def outbound(self, family: int) -> socket.socket:
         """An unbound socket for dialing out of the pod."""
+        fast = self._in_one_call(family, b"")
+        if fast is not None:
+            return fast
         with self._new(family) as sock:
             return sock
 
@@ -104,8 +111,13 @@ class PodSockets:
         back to us instead of out of the pod; bound to lo, the dial itself
         takes the loopback path on which the reply is looked for.
         """
+        own = client is None or client in self.own_addresses or client.is_loopback
+        packed = b"" if own or client is None else _packed(client, family)
+        fast = self._in_one_call(family, packed)
+        if fast is not None:
+            return fast
         with self._new(family) as sock:
-            if client is None or client in self.own_addresses or client.is_loopback:
+            if own or client is None:
                 return sock
             _transparent(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, STEER_MARK)
@@ -115,6 +127,14 @@ class PodSockets:
             sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
             sock.bind((_spelled(client, family), 0))
             return sock
+
+    def _in_one_call(self, family: int, client: bytes) -> socket.socket | None:
+        """The same from C, where that was built: a fifth of the time. None where it was not."""
+        if self._own_sockets_map is None or not native.available():
+            return None
+        return native.pod_socket(
+            self._netns.fd, family, self._own_sockets_map(), client, STEER_MARK
+        )
 
     @contextlib.contextmanager
     def _new(
@@ -199,9 +219,15 @@ def _transparent(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
 
 
+def _packed(client: IPAddress, family: int) -> bytes:
+    if family == socket.AF_INET6 and client.version == 4:
+        return _MAPPED + client.packed
+    return client.packed
+
+
 def _spelled(client: IPAddress, family: int) -> str:
     if family == socket.AF_INET6 and client.version == 4:
-        return str(IPv6Address(b"\0" * 10 + b"\xff\xff" + client.packed))
+        return str(IPv6Address(_MAPPED + client.packed))
     return str(client)
 
 

@@ -18,6 +18,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec
 
 import trio
 from h2.errors import ErrorCodes
@@ -44,6 +45,8 @@ from meshbpf.agent.wire.hbone import HboneConnection
 from meshbpf.agent.wire.tls_channel import TlsChannel
 
 log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 PING_INTERVAL_S = 10.0
 PING_TIMEOUT_S = 20.0
@@ -207,18 +210,19 @@ class Tunnel:
     def accelerate(self, stream: TunnelStream, app: socket.socket) -> None:
         """Let the engine carry the usual bytes of an open stream, if there is an engine."""
         if self.handle is not None and not self.closed:
-            handle = native.stream_handle(stream, self.handle, app)
-            if handle is not None:
+            windows = self._wire.stream_windows(stream.id)
+            if windows is not None:
+                handle = native.stream_handle(stream, self.handle, app, windows)
                 self._fast[stream.id] = handle
                 self.reactor.accelerate(handle)
 
     def act(self, plaintext: memoryview) -> None:
         """Act on received plaintext that the engine left to us."""
-        self._guarded(lambda: self._act(plaintext))
+        self._guarded(self._act, plaintext)
 
     def tls_failed(self, result: int) -> None:
         """An OpenSSL function returned `result` to the engine."""
-        self._guarded(lambda: self._channel.failed(result))
+        self._guarded(self._channel.failed, result)
 
     def broken(self, error: OSError) -> None:
         """The socket returned an error to the engine."""
@@ -361,12 +365,12 @@ class Tunnel:
                 self._sock_ended = True
             self._guarded(self._read)
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _guarded(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Do something whose failure ends the tunnel. Once is enough."""
         if self._ending:
             return
         try:
-            work()
+            work(*args, **kwargs)
         except (WireError, OSError) as error:
             self._end(error)
         except Exception as error:  # boundary: a bug costs one tunnel, and is seen
@@ -475,7 +479,9 @@ class Tunnel:
         self._transmit_soon()
 
     def _transmit_soon(self) -> None:
-        if not self._transmitting:
+        if self.handle is not None and self.reactor.engine is not None:
+            self.reactor.engine.flush_soon(self.handle)
+        elif not self._transmitting:
             self._transmitting = True
             self.reactor.before_waiting(self._transmit_all)
 

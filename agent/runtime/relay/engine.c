@@ -211,6 +211,16 @@ static PyObject *forget(struct engine *engine, PyObject *number)
 	Py_RETURN_NONE;
 }
 
+static PyObject *flush_soon(struct engine *engine, PyObject *handle)
+{
+	(void)engine;
+	if (!Py_IS_TYPE(handle, &tunnel_type))
+		return PyErr_Format(PyExc_TypeError, "not a tunnel");
+	if (tunnel_soon((struct tunnel *)handle))
+		return NULL;
+	Py_RETURN_NONE;
+}
+
 static PyObject *busy(struct engine *engine, void *unused)
 {
 	(void)unused;
@@ -260,6 +270,7 @@ static void dealloc(struct engine *engine)
 static PyMethodDef methods[] = {
 	{"poll", (PyCFunction)poll, METH_VARARGS, "As select.epoll.poll; what is ours is acted on."},
 	{"watch", (PyCFunction)watch, METH_O, "Act on the events of a handle's descriptor."},
+	{"flush_soon", (PyCFunction)flush_soon, METH_O, "Send what a tunnel has to say before the next wait."},
 	{"forget", (PyCFunction)forget, METH_O, "Leave a descriptor's events to Python from now on."},
 	{NULL, NULL, 0, NULL},
 };

@@ -89,9 +89,15 @@ static PyObject *stream_new(PyTypeObject *type, PyObject *arguments, PyObject *k
 HANDLE(tunnel, "TunnelHandle", "What the fast path needs of one tunnel; native.py makes them.")
 HANDLE(stream, "StreamHandle", "What the fast path needs of one open stream; native.py makes them.")
 
+static PyMethodDef functions[] = {
+	{"pod_socket", pod_socket, METH_VARARGS, "A socket in a pod's namespace, ready to dial; its descriptor."},
+	{NULL, NULL, 0, NULL},
+};
+
 static struct PyModuleDef module = {
 	PyModuleDef_HEAD_INIT,
 	.m_name = "_relay",
+	.m_methods = functions,
 	.m_doc = "The relay's innermost loop in C; see native.py.",
 	.m_size = -1,
 };

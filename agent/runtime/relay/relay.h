@@ -121,4 +121,7 @@ enum outcome stream_readable(struct stream *s);
 int stream_deliver(struct stream *s, struct iovec *pieces, int count, size_t size);
 int stream_takes(struct stream *s); // 1 when the fast path may write to the app; -1 on error
 
+// sockets.c
+PyObject *pod_socket(PyObject *module, PyObject *arguments);
+
 int list_add(struct list *list, PyObject *item);

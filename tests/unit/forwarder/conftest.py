@@ -18,12 +18,23 @@ def spaces() -> Iterator[tuple[Netns, Netns]]:
         yield both
 
 
-@pytest.fixture(params=["c", "python"])
+# Whose facts depend on the relay's innermost loop; the others have it as it was built.
+IN_BOTH_FORMS = frozenset({"test_both_forms", "test_reactor", "test_relay", "test_tunnels"})
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that need a forwarder run with each form of the relay's loop where it matters."""
+    if "form" in metafunc.fixturenames:
+        both = metafunc.module.__name__.rpartition(".")[2] in IN_BOTH_FORMS
+        metafunc.parametrize("form", ["c", "python"] if both else ["built"], indirect=True)
+
+
+@pytest.fixture
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which of its two forms the relay's innermost loop has."""
     if request.param == "python":
         monkeypatch.setenv("MESHBPF_PURE_PYTHON", "1")
-    elif not native.available():
+    elif request.param == "c" and not native.available():
         pytest.skip("the relay's loop in C was not built: no gcc, or no python3-dev")
     name: str = request.param
     return name

@@ -146,7 +146,7 @@ def test_the_connection_is_tls_1_3_with_aes_gcm_and_h2(authority: Authority) -> 
     connect(client, server)
     connection = client._connection
     assert connection.get_protocol_version_name() == "TLSv1.3"
-    assert connection.get_cipher_name() == "TLS_AES_256_GCM_SHA384"
+    assert connection.get_cipher_name() == "TLS_AES_128_GCM_SHA256"
     assert connection.get_alpn_proto_negotiated() == b"h2"
 
 
