@@ -294,9 +294,9 @@ class Testbed:
         for node in (1, 2):
             # n1a and n1b share an account: two callers that only their address tells apart.
             shared = "shop" if node == 1 else "stock"
-            self._make_pod(f"n{node}a", node, shared, captured=True)
-            self._make_pod(f"n{node}b", node, "shop" if node == 1 else "billing", captured=True)
-            self._make_pod(f"n{node}x", node, "legacy", captured=False)
+            self.make_pod(f"n{node}a", node, shared, captured=True)
+            self.make_pod(f"n{node}b", node, "shop" if node == 1 else "billing", captured=True)
+            self.make_pod(f"n{node}x", node, "legacy", captured=False)
         for address in (self.gone.ipv4, self.gone.ipv6):
             _ip(second, [f"route add blackhole {address}"])
         self.write_mesh()
@@ -326,7 +326,7 @@ class Testbed:
 
     def add_pod(self, name: str, node: int, account: str = "spare", captured: bool = True) -> Pod:
         """One more pod, which the agents' mesh file names too."""
-        pod = self._make_pod(name, node, account, captured)
+        pod = self.make_pod(name, node, account, captured)
         self.write_mesh()
         return pod
 
@@ -344,7 +344,7 @@ class Testbed:
         sysctl_inside(name, ipv6__conf__default__accept_dad=0, ipv6__conf__all__accept_dad=0)
         _ip(name, ["link set lo up"])
 
-    def _make_pod(self, name: str, node: int, account: str, captured: bool) -> Pod:
+    def make_pod(self, name: str, node: int, account: str, captured: bool) -> Pod:
         taken = {pod.index for pod in self.pods.values() if pod.node == node}
         index = next(number for number in range(1, 200) if number not in taken)
         pod = Pod(name, f"{self.tag}-{name}", node, index, account, captured)

@@ -136,7 +136,7 @@ class WaypointBed(Testbed):
     def _build(self) -> None:
         super()._build()
         self.pods["n1b"] = dataclasses.replace(self.pods["n1b"], namespace=CONSUMER)
-        self._make_pod("wp", 2, "waypoint", captured=False)
+        self.make_pod("wp", 2, "waypoint", captured=False)
         self.write_mesh()
 
     # --- objects ----------------------------------------------------------------
