@@ -32,6 +32,7 @@ MAX_REQUEST_BYTES = 64 * 1024
 with a long list of exempt CIDRs) has a few kilobytes."""
 
 OnAgentDownName = Literal["closed", "open"]
+SameNodeName = Literal["kernel", "hbone"]
 CertState = Literal["pending", "valid", "renewing", "failed", "expired"]
 """`renewing`: valid, but the newest attempt to renew it failed."""
 R = TypeVar("R")
@@ -198,6 +199,8 @@ class PodInfo(Result, frozen=True):
     """Its uid in Kubernetes."""
     cgroup: str = ""
     """Its cgroup v2 path below the mount."""
+    same_node: SameNodeName = "hbone"
+    """What carries its connections with other captured pods of this node, as it is now."""
 
 
 class PodsResult(Result, frozen=True):
@@ -237,6 +240,7 @@ class AttachRequest(Request[AttachResult], frozen=True):
     service_account: str | None = None
     """Default: what the mesh state says of the pod."""
     on_agent_down: OnAgentDownName | None = None
+    same_node: SameNodeName | None = None
     exempt_ports: tuple[int, ...] | None = None
     exempt_cidrs: tuple[str, ...] | None = None
     exempt_interfaces: tuple[str, ...] | None = None
@@ -481,7 +485,7 @@ class CaInfo(Result, frozen=True):
 
 
 class ConnectionInfo(Result, frozen=True):
-    """One connection that the agent carries now."""
+    """One connection that is carried now: by the agent, or by the kernel under its verdict."""
 
     id: int
     direction: Literal["outbound", "inbound"]
@@ -503,10 +507,12 @@ class ConnectionInfo(Result, frozen=True):
     bytes_sent: int
     """Towards the destination."""
     bytes_received: int
+    path: Literal["agent", "kernel"] = "agent"
+    """Who carries its bytes."""
 
 
 class ConnectionsResult(Result, frozen=True):
-    """Open connections, oldest first."""
+    """Open connections: the agent's, oldest first, then the kernel's."""
 
     connections: tuple[ConnectionInfo, ...]
     total: int

@@ -20,6 +20,7 @@ from meshbpf.agent.core.errors import ConfigError
 IPNetwork = IPv4Network | IPv6Network
 CaptureName = Literal["auto", "tc"]
 OnAgentDownName = Literal["closed", "open"]
+SameNodeName = Literal["kernel", "hbone"]
 LogFormat = Literal["plain", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -88,6 +89,8 @@ class Settings:
     network: str = ""
     capture: CaptureName = "auto"
     on_agent_down: OnAgentDownName = "closed"
+    same_node: SameNodeName = "kernel"
+    """Who carries connections between captured pods of this node that policy allows."""
     exempt: Exemptions = Exemptions()
     dns: bool = True
     """The DNS queries of pods are answered here, unless their attach says otherwise."""
@@ -130,6 +133,7 @@ class Settings:
             raise _bad("cluster-domain", self.cluster_domain, "write it as a DNS name")
         _one_of("capture", self.capture, get_args(CaptureName))
         _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
+        _one_of("same-node", self.same_node, get_args(SameNodeName))
         _one_of("log-level", self.log_level, get_args(LogLevel))
         _one_of("log-format", self.log_format, get_args(LogFormat))
         _between("cert-ttl", self.cert_ttl_s, 2.0, 366 * _UNIT_S["d"], "2s to 366d")

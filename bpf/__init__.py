@@ -35,6 +35,13 @@ INCLUDE_DIRECTORY: Final = DIRECTORY / "include"
 MAX_PODS: Final = 1024
 """Pods of one agent; index 0 is never given out."""
 
+MAX_POD_FLOWS: Final = 1 << 14
+"""Kernel-carried connections of one pod at a time; more go through the agent."""
+MAX_VERDICTS: Final = 1 << 16
+MAX_SLOTS: Final = 1 << 13
+"""Sets of counters, in twos: the even one of a connection whose both ends the
+kernel carries, the odd one when the destination's agent has the other end."""
+
 STEER_MARK: Final = 0x111
 """Routes a packet to the pod's table 100. Istio's in-pod redirection uses it too."""
 STEER_MASK: Final = 0xFFF
@@ -58,6 +65,7 @@ class MapType(IntEnum):
     LRU_HASH = 9
     LPM_TRIE = 11
     SOCKHASH = 18
+    QUEUE = 22
     SK_STORAGE = 24
 
 
@@ -65,6 +73,7 @@ class ProgramType(IntEnum):
     """enum bpf_prog_type of the kernel's UAPI, as far as we use it."""
 
     SCHED_CLS = 3
+    SOCK_OPS = 13
     CGROUP_SOCK_ADDR = 18
     SK_LOOKUP = 30
 
@@ -72,6 +81,7 @@ class ProgramType(IntEnum):
 class AttachType(IntEnum):
     """enum bpf_attach_type of the kernel's UAPI, as far as we use it."""
 
+    CGROUP_SOCK_OPS = 3
     CGROUP_INET4_CONNECT = 10
     CGROUP_INET6_CONNECT = 11
     SK_LOOKUP = 36
@@ -84,6 +94,7 @@ class MapFlag(IntFlag):
 
     NONE = 0
     NO_PREALLOC = 1 << 0
+    CLONE = 1 << 9
     MMAPABLE = 1 << 10
 
 
@@ -104,6 +115,7 @@ CONNECTION_ROLES: Final = (Role.OUTBOUND, Role.INBOUND, Role.HBONE)
 class PodFlag(IntFlag):
     """Bits of a pod's entry in `pod_config`."""
 
+    NONE = 0
     ATTACHED = 1 << 0
     FAIL_OPEN = 1 << 1
     LEAVING = 1 << 2  # a detach has begun: nothing new is captured
@@ -111,6 +123,15 @@ class PodFlag(IntFlag):
     EXEMPT_CIDRS = 1 << 4
     EXEMPT_INTERFACES = 1 << 5
     DNS = 1 << 6  # its queries go to the agent, as long as that answers
+    SAME_NODE = 1 << 7  # the kernel may carry connections to and from other pods of the node
+    PLAINTEXT = 1 << 8  # and plaintext from elsewhere
+
+
+class Report(IntEnum):
+    """Why a hook tells the agent of a connection."""
+
+    STALE = 1  # established without a verdict that holds
+    UNTRACKED = 2  # and there was no room to remember it
 
 
 class Decision(IntEnum):
@@ -140,6 +161,10 @@ class Decision(IntEnum):
     FOREIGN_MARK = 21  # connect hook left a socket with its own mark to TC
     DNS_QUERY = 22  # a datagram handed to the agent's DNS proxy
     DNS_DIRECT = 23  # left alone: the pod's queries go to the agent, and none answers
+    ATTESTED = 24  # outbound to a pod of this node, carried by the kernel
+    KERNEL_IN = 25  # inbound, left to the app under a verdict
+    DOUBTED = 26  # established without a verdict that holds: told to the agent
+    SPOOFED_HANDSHAKE = 27  # SYN or SYN-ACK that is not from the pod it claims
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +202,7 @@ _FREE = MapFlag.NO_PREALLOC
 
 MAPS: Final[tuple[MapSpec, ...]] = (
     MapSpec("pods", 1, MapType.HASH, 8, 4, MAX_PODS),
-    MapSpec("pod_config", 2, MapType.ARRAY, 4, 8, MAX_PODS),
+    MapSpec("pod_config", 2, MapType.ARRAY, 4, 48, MAX_PODS),
     MapSpec("addresses", 3, MapType.HASH, 20, 4, 16 * MAX_PODS, _FREE),
     MapSpec("exempt_ports", 4, MapType.HASH, 8, 4, 64 * MAX_PODS, _FREE),
     MapSpec("exempt_cidrs", 5, MapType.LPM_TRIE, 24, 4, 64 * MAX_PODS, _FREE),
@@ -189,11 +214,21 @@ MAPS: Final[tuple[MapSpec, ...]] = (
     MapSpec("heartbeat", 11, MapType.ARRAY, 4, 24, 1, MapFlag.MMAPABLE),
     MapSpec("decisions", 12, MapType.PERCPU_ARRAY, 4, 8, 32),
     MapSpec("pod_counters", 13, MapType.PERCPU_ARRAY, 4, 40, MAX_PODS),
-    MapSpec("agent_sockets", 14, MapType.SK_STORAGE, 4, 4, 0, _FREE),
+    # What the agent's listeners accept is the agent's too.
+    MapSpec("agent_sockets", 14, MapType.SK_STORAGE, 4, 4, 0, _FREE | MapFlag.CLONE),
     MapSpec("captured", 15, MapType.SK_STORAGE, 4, 4, 0, _FREE),
     # Never read by a program: what an agent must know to take a pod over or
     # to undo its attachment (agent/datapath/records.py).
     MapSpec("records", 16, MapType.HASH, 4, 8192, MAX_PODS, _FREE),
+    MapSpec("local_pods", 17, MapType.HASH, 16, 4, 16 * MAX_PODS, _FREE),
+    MapSpec("epochs", 18, MapType.ARRAY, 4, 8, MAX_PODS, MapFlag.MMAPABLE),
+    MapSpec("verdicts", 19, MapType.LRU_HASH, 44, 24, MAX_VERDICTS),
+    MapSpec("flows", 20, MapType.HASH, 36, 64, 1 << 17, _FREE),
+    MapSpec("flow_counts", 21, MapType.ARRAY, 4, 8, MAX_PODS, MapFlag.MMAPABLE),
+    MapSpec("flow_slots", 22, MapType.ARRAY, 4, 40, MAX_SLOTS, MapFlag.MMAPABLE),
+    MapSpec("flow_quota", 23, MapType.ARRAY, 4, 24, 1, MapFlag.MMAPABLE),
+    MapSpec("flow_records", 24, MapType.QUEUE, 0, 80, 4096),
+    MapSpec("flow_reports", 25, MapType.QUEUE, 0, 56, 4096),
 )
 
 MAPS_BY_NUMBER: Final = {spec.number: spec for spec in MAPS}
@@ -205,6 +240,9 @@ PROGRAMS: Final[tuple[ProgramSpec, ...]] = (
     ),
     ProgramSpec(
         "connect6", "connect6.c", ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT
+    ),
+    ProgramSpec(
+        "sock_ops", "sock_ops.c", ProgramType.SOCK_OPS, AttachType.CGROUP_SOCK_OPS, budget=8192
     ),
     ProgramSpec(
         "pod_egress",
@@ -241,6 +279,8 @@ def cflags() -> tuple[str, ...]:
     defines = {
         "POD_INDEX": f"{POD_INDEX:#x}",
         "MAX_PODS": MAX_PODS,
+        "MAX_POD_FLOWS": MAX_POD_FLOWS,
+        "SLOT_SOURCE_ONLY": 1,
         "STEER_MARK": f"{STEER_MARK:#x}",
         "STEER_MASK": f"{STEER_MASK:#x}",
         "HBONE_PORT": HBONE_PORT,
@@ -248,6 +288,7 @@ def cflags() -> tuple[str, ...]:
         **{f"MAP_{spec.name.upper()}": spec.number for spec in MAPS},
         **{f"ROLE_{role.name}": int(role) for role in Role},
         **{f"POD_{flag.name}": int(flag) for flag in PodFlag},
+        **{f"REPORT_{report.name}": int(report) for report in Report},
         **{f"DECISION_{decision.name}": int(decision) for decision in Decision},
     }
     return tuple(f"-D{name}={value}" for name, value in defines.items())

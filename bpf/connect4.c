@@ -3,12 +3,13 @@
 // IPv4 socket, before the source address is chosen. Whether it runs for the
 // subflows of an MPTCP socket depends on the kernel: TC takes what it misses.
 // Does: marks a pod's socket when its destination is in the mesh, so that the
-// pod's policy route hands the SYN to the outbound listener. The address is
+// pod's policy route hands the SYN to the outbound listener, unless the kernel
+// may carry the connection itself. The address is
 // never rewritten: getpeername() in the app and getsockname() in the agent
 // both stay true.
 // Reads: user_ip4, user_port, protocol, sk, the netns cookie.
 // Maps: pods, pod_config, addresses, exempt_ports, exempt_cidrs, mesh,
-// heartbeat, listeners; writes decisions, captured.
+// local_pods, verdicts, epochs, heartbeat, listeners; writes decisions, captured.
 // Returns: 1 (let connect proceed), or 0 with -ECONNREFUSED when the pod fails
 // closed and no agent listens.
 // Budget: 4096 verified instructions.

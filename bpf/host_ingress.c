@@ -6,13 +6,15 @@
 // ARP is left alone, and so is what IPv6 needs before and beside addresses: the
 // unspecified source of duplicate address detection, link-local sources, and in
 // IPv4 a DHCP client.
-// Reads: the IP header.
-// Maps: addresses, pod_config; writes pod_counters, decisions.
+// Of a handshake that the kernel carries it notes under which sequence number it
+// left by this veth.
+// Reads: IP and TCP headers.
+// Maps: addresses, pod_config; writes pod_counters, flows, decisions.
 // Returns: GO_ON or TC_ACT_SHOT.
 // Budget: 4096 verified instructions.
 
+#include <meshbpf/carry.h>
 #include <meshbpf/packet.h>
-#include <meshbpf/pod.h>
 
 #define DHCP_SERVER_PORT 67
 
@@ -53,6 +55,30 @@ INLINE int may_send_v6(struct __sk_buff *skb, u32 pod)
     return is_own_address(pod, &source);
 }
 
+INLINE void note_handshake(struct __sk_buff *skb, u32 pod)
+{
+    struct packet packet = {};
+    struct flow_state *state;
+    struct flow request = {};
+
+    if (read_packet(skb, &packet) != TCP)
+        return;
+    if (is_opening(&packet)) {
+        state = map_find(MAP_FLOWS, &packet.flow);
+        if (!state || state->source != pod)
+            return;
+        state->client_isn = packet.sequence;
+        state->syn_sent = 1;
+    } else if (is_answer(&packet)) {
+        turn(&request, &packet.flow);
+        state = map_find(MAP_FLOWS, &request);
+        if (!state || !state->source || state->destination != pod)
+            return;
+        state->server_isn = packet.sequence;
+        state->answered = 1;
+    }
+}
+
 int host_ingress(struct __sk_buff *skb)
 {
     u32 pod = this_pod();
@@ -67,7 +93,12 @@ int host_ingress(struct __sk_buff *skb)
         allowed = may_send_v4(skb, pod);
     else if (skb->protocol == bpf_htons(ETH_P_IPV6))
         allowed = may_send_v6(skb, pod);
-    if (allowed || !(pod_flags(pod) & POD_ATTACHED))
+    if (allowed) {
+        if (usual_flags(skb) & (TCP_SYN | UNUSUAL))
+            note_handshake(skb, pod);
+        return GO_ON;
+    }
+    if (!(pod_flags(pod) & POD_ATTACHED))
         return GO_ON;
     if (counters)
         counters->spoofed_packets += 1;

@@ -9,7 +9,7 @@
 // take the same way to the agent's DNS proxy, if the pod has it.
 // Reads: headers, skb->sk and its storage.
 // Maps: pod_config, addresses, exempt_ports, exempt_cidrs, mesh, heartbeat,
-// listeners, agent_sockets; writes decisions, captured.
+// listeners, agent_sockets, flows; writes decisions, captured, flows, flow_counts.
 // Returns: GO_ON (leaves as it is), a redirect, or TC_ACT_SHOT.
 // Budget: 8192 verified instructions.
 //
@@ -19,6 +19,7 @@
 // socket of the agent that takes their destination for its own address. That
 // is a lookup in the kernel's socket table: nothing is evicted from it.
 
+#include <meshbpf/carry.h>
 #include <meshbpf/packet.h>
 #include <meshbpf/reset.h>
 #include <meshbpf/socket.h>
@@ -79,13 +80,36 @@ INLINE int agent_holds(struct __sk_buff *skb, const struct packet *p)
     return holds;
 }
 
+// The connect hook left it to the kernel, and sock_ops has said whose it is. A
+// SYN that carries data goes to the agent all the same: the data would be on the
+// wire before the server has shown that it is the pod.
+INLINE int is_attested(struct __sk_buff *skb, const struct packet *p, u32 pod)
+{
+    struct flow_state *state = map_find(MAP_FLOWS, &p->flow);
+
+    if (!state || state->source != pod)
+        return 0;
+    if (p->has_data) {
+        drop_flow(&p->flow, pod);
+        return 0;
+    }
+    return 1;
+}
+
 // A SYN, or what may hide one: a fragment that no local TCP socket sent has
 // nothing to lose in the mesh, and cannot be handed to anybody.
 INLINE int open_connection(struct __sk_buff *skb, struct packet *p, enum kind kind,
                            struct bpf_sock *sk, u32 pod)
 {
-    enum verdict verdict = judge(pod, &p->flow.destination, bpf_ntohs(p->flow.destination_port));
+    u32 flags = pod_flags(pod);
+    enum verdict verdict =
+        judge(pod, flags, &p->flow.destination, bpf_ntohs(p->flow.destination_port));
 
+    if (verdict == IN_MESH) {
+        if (kind == TCP && is_attested(skb, p, pod))
+            return GO_ON;
+        verdict = ask_agent(pod, flags, &p->flow.destination);
+    }
     if (verdict == LEAVE_ALONE) {
         if (sk)
             clear_captured(sk); // the socket may have been used before
@@ -124,8 +148,7 @@ INLINE int send_datagram(struct __sk_buff *skb, struct packet *p, u32 pod)
             return GO_ON;
     }
     if (is_loopback(&p->flow.destination) || is_own_address(pod, &p->flow.destination) ||
-        is_exempt_port(pod, flags, DNS_PORT) ||
-        is_exempt_address(pod, flags, &p->flow.destination))
+        is_exempt_port(pod, flags, DNS_PORT) || is_exempt_address(pod, flags, &p->flow.destination))
         return GO_ON;
     if (!asks_agent(pod, flags, ROLE_DNS_UDP, &p->flow.destination))
         return GO_ON;

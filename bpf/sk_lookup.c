@@ -6,8 +6,8 @@
 // Does: hands connections to the agent's listeners, whatever address and port
 // those are bound to; the accepted socket keeps both original addresses.
 // Reads: family, protocol, both addresses and ports, the arriving interface.
-// Maps: pod_config, addresses, exempt_*, probes, heartbeat, listeners; writes
-// decisions.
+// Maps: pod_config, addresses, exempt_*, probes, flows, verdicts, epochs,
+// flow_counts, heartbeat, listeners; writes flows, decisions.
 // Returns: SK_PASS (assigned, or the stack's own lookup goes on), SK_DROP (the
 // sender gets RST at once).
 // Budget: 4096 verified instructions.
@@ -20,13 +20,11 @@
 //    reports the interface that owns the address, not lo. Its port 15008 is
 //    the agent's: a service may choose the calling pod as its endpoint.
 //  exempt interface, port, CIDR; a probe of a host process: left alone.
+//  what the agent has allowed: to the app. The caller is the attested pod, or an
+//    address alone.
 //  the rest: 15008 is HBONE, all else plaintext inbound.
 
-#include <meshbpf/pod.h>
-
-// A probe's SYNs all refresh its entry; later the address and port may be
-// anybody's.
-#define PROBE_VALID_NS 10000000000ULL
+#include <meshbpf/carry.h>
 
 INLINE int hand_over(struct bpf_sk_lookup *ctx, u32 pod, u16 role)
 {
@@ -44,23 +42,42 @@ INLINE int hand_over(struct bpf_sk_lookup *ctx, u32 pod, u16 role)
     return error;
 }
 
-INLINE int is_probe(const struct address *remote, const struct address *local, u16 remote_port,
-                    u32 local_port)
+// An element is the client's own word; that the SYN is the client's too has been
+// seen by both host veths.
+INLINE int is_attested(const struct flow_state *state, u32 pod)
 {
-    struct flow key = {
-        .source = *remote,
-        .destination = *local,
-        .source_port = remote_port,
-        .destination_port = bpf_htons(local_port),
-    };
-    u64 *seen_ns = map_find(MAP_PROBES, &key);
+    struct pod_config *source;
 
-    return seen_ns && (s64)(bpf_ktime_get_ns() - *seen_ns) < (s64)PROBE_VALID_NS;
+    if (state->destination != pod || !state->syn_sent || !state->syn_came)
+        return 0;
+    source = config_of(state->source);
+    return source && source->cookie == state->source_cookie &&
+           (source->flags & (POD_ATTACHED | POD_LEAVING)) == POD_ATTACHED;
+}
+
+// Whether the stack may hand it to the app without the agent.
+INLINE int may_carry(const struct flow *flow, u32 pod, u32 flags)
+{
+    struct flow_state *state = map_find(MAP_FLOWS, flow);
+    struct verdict_key key = {
+        .destination = pod,
+        .source_address = flow->source,
+        .destination_address = flow->destination,
+        .port = bpf_ntohs(flow->destination_port),
+    };
+
+    if (state && state->source) {
+        if (!is_attested(state, pod) || !verdict_of(flow, state))
+            return 0;
+        state->carried = 1;
+        return 1;
+    }
+    return (flags & POD_PLAINTEXT) && has_room(pod) && find_verdict(&key);
 }
 
 int sk_lookup(struct bpf_sk_lookup *ctx)
 {
-    struct address remote, local;
+    struct flow flow = {};
     u32 pod = this_pod(), flags, port = ctx->local_port;
     u16 role;
 
@@ -77,21 +94,23 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
         // Without this clang merges the loads of both branches into one, from
         // an offset that it computes; of a context the verifier refuses that.
         asm volatile("" : "+r"(remote_v4), "+r"(local_v4));
-        map_v4(&remote, remote_v4);
-        map_v4(&local, local_v4);
+        map_v4(&flow.source, remote_v4);
+        map_v4(&flow.destination, local_v4);
     } else {
-        remote.word[0] = ctx->remote_ip6[0];
-        remote.word[1] = ctx->remote_ip6[1];
-        remote.word[2] = ctx->remote_ip6[2];
-        remote.word[3] = ctx->remote_ip6[3];
-        local.word[0] = ctx->local_ip6[0];
-        local.word[1] = ctx->local_ip6[1];
-        local.word[2] = ctx->local_ip6[2];
-        local.word[3] = ctx->local_ip6[3];
+        flow.source.word[0] = ctx->remote_ip6[0];
+        flow.source.word[1] = ctx->remote_ip6[1];
+        flow.source.word[2] = ctx->remote_ip6[2];
+        flow.source.word[3] = ctx->remote_ip6[3];
+        flow.destination.word[0] = ctx->local_ip6[0];
+        flow.destination.word[1] = ctx->local_ip6[1];
+        flow.destination.word[2] = ctx->local_ip6[2];
+        flow.destination.word[3] = ctx->local_ip6[3];
     }
+    flow.source_port = ctx->remote_port;
+    flow.destination_port = bpf_htons(port);
 
     if (ctx->ingress_ifindex == LOOPBACK_IFINDEX) {
-        if (is_loopback(&local) || is_own_address(pod, &local))
+        if (is_loopback(&flow.destination) || is_own_address(pod, &flow.destination))
             return SK_PASS;
         if (ctx->protocol == IPPROTO_UDP) {
             // Only TC sends such a datagram this way; the client repeats a lost one.
@@ -111,7 +130,7 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
     }
     if (flags & POD_LEAVING)
         return SK_PASS;
-    if (is_own_address(pod, &remote) && port != HBONE_PORT)
+    if (is_own_address(pod, &flow.source) && port != HBONE_PORT)
         return SK_PASS;
     if (flags & POD_EXEMPT_INTERFACES) {
         struct pod_interface key = {.pod = pod, .ifindex = ctx->ingress_ifindex};
@@ -121,12 +140,16 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
             return SK_PASS;
         }
     }
-    if (is_exempt_port(pod, flags, port) || is_exempt_address(pod, flags, &remote)) {
+    if (is_exempt_port(pod, flags, port) || is_exempt_address(pod, flags, &flow.source)) {
         count(DECISION_EXEMPT_IN);
         return SK_PASS;
     }
-    if (is_probe(&remote, &local, ctx->remote_port, port)) {
+    if (is_probe(&flow)) {
         count(DECISION_PROBE);
+        return SK_PASS;
+    }
+    if (port != HBONE_PORT && may_carry(&flow, pod, flags)) {
+        count(DECISION_KERNEL_IN);
         return SK_PASS;
     }
     role = port == HBONE_PORT ? ROLE_HBONE : ROLE_INBOUND;

@@ -134,6 +134,7 @@ def pod_key(text: str, namespace: str | None) -> str:
 
 
 ON_AGENT_DOWN = click.Choice(["closed", "open"])
+SAME_NODE = click.Choice(["kernel", "hbone"])
 
 
 def known_pods(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:

@@ -16,7 +16,7 @@ import click
 from meshbpf.agent.config import OptionError, Settings
 from meshbpf.agent.config_sources import Resolved, resolve
 from meshbpf.cli.failure import CommandUsageError
-from meshbpf.cli.options import DURATION, ON_AGENT_DOWN, Session, exemption_options
+from meshbpf.cli.options import DURATION, ON_AGENT_DOWN, SAME_NODE, Session, exemption_options
 
 F = TypeVar("F")
 
@@ -79,6 +79,12 @@ _OPTIONS: tuple[Any, ...] = (
         type=ON_AGENT_DOWN,
         help="What attached pods do while no agent runs: refuse new connections, or let them go "
         "round the mesh.  [default: closed]",
+    ),
+    click.option(
+        "--same-node",
+        type=SAME_NODE,
+        help="Who carries connections between captured pods of this node that policy allows: the "
+        "kernel, or HBONE through the agent.  [default: kernel]",
     ),
     exemption_options,
     click.option(

@@ -334,9 +334,12 @@ class Testbed:
         self.pods.pop(pod.name)
         if program := self.servers.pop(pod.name, None):
             program.end()
+        self._remove_namespaces(pod)
+        self.write_mesh()
+
+    def _remove_namespaces(self, pod: Pod) -> None:
         _ip(self.node_netns(pod.node), [f"link delete {pod.veth}"])
         subprocess.run(["ip", "netns", "delete", pod.netns], check=True)
-        self.write_mesh()
 
     def _make_netns(self, name: str) -> None:
         subprocess.run(["ip", "netns", "add", name], check=True)

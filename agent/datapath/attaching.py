@@ -23,13 +23,15 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from meshbpf.agent.datapath import links, plumbing, rtnetlink, sockdiag
 from meshbpf.agent.datapath.codecs import IPAddress
+from meshbpf.agent.datapath.flowcodecs import Flow
+from meshbpf.agent.datapath.flowmaps import FlowMaps
 from meshbpf.agent.datapath.maps import Map
 from meshbpf.agent.datapath.netlink import Netlink, NetlinkError
 from meshbpf.agent.datapath.netns import Netns
@@ -52,6 +54,8 @@ class Attacher:
     maps: Mapping[str, Map]
     records: Records
     use_tcx: bool
+    carries: PodFlag = PodFlag.NONE
+    """What the kernel may carry for pods that want it: SAME_NODE, PLAINTEXT."""
 
     def attach(self, pod: PodSteering, listeners: Listeners) -> PodRecord:
         """Capture a pod that is not captured. After an error there is no trace of it."""
@@ -109,6 +113,10 @@ class Attacher:
 
     def restore(self, record: PodRecord, netns: Netns) -> None:
         """After a start: hooks of another schema get this one's programs. No listeners yet."""
+        # What was possible for an earlier agent may not be for this one.
+        lost = (PodFlag.SAME_NODE | PodFlag.PLAINTEXT) & ~self.carries
+        record = msgspec.structs.replace(record, flags=record.flags & ~int(lost))
+        self.records.put(record)
         PodMaps(self.maps).fill(record)
         self._put_in_place(record, netns)
         PodMaps(self.maps).start_connect_hook(record)
@@ -122,9 +130,10 @@ class Attacher:
         pod_maps = PodMaps(self.maps)
         self.records.put(msgspec.structs.replace(record, phase=Phase.DETACHING))
         pod_maps.stop_connect_hook(record)
-        pod_maps.set_flags(record.index, record.flags | PodFlag.LEAVING)
+        pod_maps.set_flags(record, record.flags | PodFlag.LEAVING)
         if netns is not None:
             self._end_captured(netns)
+        self._end_carried(record)
         for point in record.points:
             links.drop_point(self.pins, record.index, point, netns)
         links.drop_sk_lookup(self.pins, record.index)
@@ -144,6 +153,39 @@ class Attacher:
             # of the far side, which knows nothing of them.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
+
+    def _end_carried(self, record: PodRecord) -> None:
+        """End the flows that the kernel carries from and to the pod, and forget them."""
+        flows = FlowMaps(self.maps)
+        try:
+            known = {one.index: one for one in self.records}
+            ends = [
+                (flow, state)
+                for flow, state in flows.live()
+                if record.index in (state.source, state.destination)
+            ]
+            for flow, state in ends:
+                owner = known.get(state.watched_in)
+                if owner is not None:
+                    self.destroy_flows(owner, [(flow, state.socket_cookie)])
+                flows.drop(flow, state.watched_in)
+            flows.recount({record.index: 0})
+        finally:
+            flows.close()
+
+    def destroy_flows(self, record: PodRecord, flows: Sequence[tuple[Flow, int]]) -> int:
+        """End connections whose watched socket, by its cookie, is in this pod; how many did."""
+        netns = self.netns_of(record)
+        if netns is None:
+            return 0
+        try:
+            return sockdiag.destroy(netns, flows)
+        except NetlinkError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            return 0
+        finally:
+            netns.close()
 
     def _plan(self, pod: PodSteering, view: PodView, index: int) -> PodRecord:
         record = PodRecord(
@@ -166,9 +208,9 @@ class Attacher:
             exempt_ifindexes=view.exempt_ifindexes,
         )
         fail_open = pod.on_agent_down is OnAgentDown.OPEN
-        return msgspec.structs.replace(
-            record, flags=int(flags_of(record, fail_open=fail_open, dns=pod.dns))
-        )
+        carries = self.carries if pod.same_node else self.carries & ~PodFlag.SAME_NODE
+        flags = flags_of(record, fail_open=fail_open, dns=pod.dns, carries=carries)
+        return msgspec.structs.replace(record, flags=int(flags))
 
     def _points(self, netns: Netns, view: PodView) -> Iterator[TcPoint]:
         with rtnetlink.route(netns) as inside, rtnetlink.route(None) as host:

@@ -163,6 +163,51 @@ def _batch(cmd: Cmd, fd: int, keys: Sequence[bytes], values: Sequence[bytes], fl
     return done
 
 
+def map_pop(fd: int, value_size: int) -> bytes:
+    """The oldest element of a queue, which is removed. BpfError ENOENT when it is empty."""
+    value = ctypes.create_string_buffer(value_size)
+    bpf(Cmd.MAP_LOOKUP_AND_DELETE_ELEM, _element(fd, 0, address_of(value), 0))
+    return value.raw
+
+
+def map_lookup_batch(
+    fd: int, key_size: int, value_size: int, count: int
+) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a hash, `count` in one call. Elements may move meanwhile.
+
+    BpfError ENOSPC when one bucket holds more than `count`.
+    """
+    keys = ctypes.create_string_buffer(key_size * count)
+    values = ctypes.create_string_buffer(value_size * count)
+    position = ctypes.create_string_buffer(max(key_size, 8))
+    began = False
+    while True:
+        attr = bytearray(
+            struct.pack(
+                "QQQQIIQQ",
+                address_of(position) if began else 0, address_of(position),
+                address_of(keys), address_of(values), count, fd, 0, 0,
+            )
+        )  # fmt: skip
+        ended = False
+        try:
+            bpf(Cmd.MAP_LOOKUP_BATCH, attr)
+        except BpfError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            ended = True
+        began = True
+        found: int = struct.unpack_from("I", attr, 32)[0]
+        raw_keys, raw_values = keys.raw, values.raw
+        for index in range(found):
+            yield (
+                raw_keys[index * key_size : (index + 1) * key_size],
+                raw_values[index * value_size : (index + 1) * value_size],
+            )
+        if ended:
+            return
+
+
 def map_update_batch(
     fd: int, entries: Sequence[tuple[bytes, bytes]], flags: Update = Update.ANY
 ) -> int:

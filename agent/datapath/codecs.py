@@ -86,9 +86,12 @@ def listener(pod: int, role: int, family: int) -> bytes:
     return struct.pack("IHH", pod, role, family)
 
 
-def pod_config(flags: int) -> bytes:
-    """Value of `pod_config`."""
-    return struct.pack("II", flags, 0)
+def pod_config(
+    flags: int, cookie: int = 0, v4: IPAddress | None = None, v6: IPAddress | None = None
+) -> bytes:
+    """Value of `pod_config`: the pod's netns and its first address of each family."""
+    sources = (bytes(16) if ip is None else address(ip) for ip in (v4, v6))
+    return struct.pack("IIQ", flags, 0, cookie) + b"".join(sources)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,8 +81,8 @@ def hold_point(
     hold(path, program, create, pins.inherited(path))
 
 
-def hold_connect_hook(pins: Pins, name: str, root: Path, program: Callable[[], int]) -> None:
-    """The connect hook `name` on the cgroup v2 root."""
+def hold_cgroup_hook(pins: Pins, name: str, root: Path, program: Callable[[], int]) -> None:
+    """The hook `name` on the cgroup v2 root."""
     spec = PROGRAMS_BY_NAME[name]
 
     def create(prog_fd: int) -> int:

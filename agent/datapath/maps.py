@@ -21,6 +21,7 @@ from meshbpf.agent.datapath.bpfcall import BpfError
 from meshbpf.bpf import MapFlag, MapSpec, MapType
 
 _PAGE_BYTES: Final = mmap.PAGESIZE
+_BATCH_ELEMENTS: Final = 1024
 
 
 class MapMismatchError(MeshbpfError):
@@ -158,6 +159,12 @@ class Map:
             value = self.lookup(key)
             if value is not None:
                 yield key, value
+
+    def items_in_batches(self) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values of a hash, with a system call for each thousand of them."""
+        return bpfsys.map_lookup_batch(
+            self.fileno(), self.spec.key_size, self.spec.value_size, _BATCH_ELEMENTS
+        )
 
     def mmap(self) -> mmap.mmap:
         """An array map's elements as shared memory, 8-byte aligned, in order of index."""

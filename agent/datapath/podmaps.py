@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from meshbpf.agent.datapath import bpfsys, codecs
 from meshbpf.agent.datapath.bpfcall import BpfError
+from meshbpf.agent.datapath.flowmaps import raise_epoch
 from meshbpf.agent.datapath.maps import Map
 from meshbpf.agent.datapath.records import PodRecord
 from meshbpf.bpf import AGENT_MARK, PodFlag, Role
@@ -19,9 +20,20 @@ _PRESENT = codecs.u32(1)
 _SO_MARK = 36  # asm-generic/socket.h; the socket module has no name for it
 
 
-def flags_of(record: PodRecord, *, fail_open: bool, dns: bool) -> PodFlag:
-    """The `pod_config` flags that a record stands for."""
-    flags = PodFlag.ATTACHED
+def flags_of(
+    record: PodRecord, *, fail_open: bool, dns: bool, carries: PodFlag = PodFlag.NONE
+) -> PodFlag:
+    """The `pod_config` flags that a record stands for.
+
+    `carries` is what the kernel may carry. Between pods only where it can see
+    both ends of every interface; plaintext not where some interfaces are exempt,
+    which a socket does not show.
+    """
+    flags = PodFlag.ATTACHED | carries
+    if record.host_skipped:
+        flags &= ~PodFlag.SAME_NODE
+    if record.exempt_ifindexes:
+        flags &= ~PodFlag.PLAINTEXT
     if fail_open:
         flags |= PodFlag.FAIL_OPEN
     if dns:
@@ -41,7 +53,16 @@ class PodMaps:
 
     maps: Mapping[str, Map]
 
-    def _keyed(self, record: PodRecord) -> Iterable[tuple[str, bytes]]:
+    def _keyed(self, record: PodRecord) -> Iterable[tuple[str, bytes, bytes]]:
+        """Map, key and value of everything that is the pod's."""
+        pod = record.index
+        for name, key in self._sets(record):
+            yield name, key, _PRESENT
+        if record.flags & PodFlag.SAME_NODE:
+            for ip in record.ips():
+                yield "local_pods", codecs.address(ip), codecs.u32(pod)
+
+    def _sets(self, record: PodRecord) -> Iterable[tuple[str, bytes]]:
         pod = record.index
         for ip in record.own_ips():
             yield "addresses", codecs.pod_address(pod, ip)
@@ -53,10 +74,15 @@ class PodMaps:
             yield "exempt_ifaces", codecs.pod_number(pod, ifindex)
 
     def fill(self, record: PodRecord) -> None:
-        """Everything but what starts the capture: flags come last."""
-        for name, key in self._keyed(record):
-            self.maps[name].update(key, _PRESENT)
-        self.set_flags(record.index, record.flags)
+        """Everything but what starts the capture: flags come last.
+
+        The epoch is raised first: a verdict about an earlier pod of the same
+        index is none about this one.
+        """
+        raise_epoch(self.maps, record.index)
+        for name, key, value in self._keyed(record):
+            self.maps[name].update(key, value)
+        self.set_flags(record, record.flags)
 
     def change(self, before: PodRecord, after: PodRecord) -> None:
         """From one description of a pod to another, without a moment in between.
@@ -65,21 +91,27 @@ class PodMaps:
         missing.
         """
         old, new = set(self._keyed(before)), set(self._keyed(after))
-        for name, key in new - old:
-            self.maps[name].update(key, _PRESENT)
-        self.set_flags(after.index, after.flags)
-        for name, key in old - new:
-            self.maps[name].delete(key)
+        for name, key, value in new - old:
+            self.maps[name].update(key, value)
+        self.set_flags(after, after.flags)
+        for name, key, value in old - new:
+            self._delete(name, key, value)
 
     def clear(self, record: PodRecord) -> None:
         """Take everything out. Repeatable."""
-        self.set_flags(record.index, 0)
-        for name, key in self._keyed(record):
-            self.maps[name].delete(key)
+        self.set_flags(record, 0)
+        for name, key, value in self._keyed(record):
+            self._delete(name, key, value)
+        raise_epoch(self.maps, record.index)
         for role in Role:
             for family in codecs.FAMILIES:
                 self._drop_listener(record.index, role, family)
         self._zero_counters(record.index)
+
+    def _delete(self, name: str, key: bytes, value: bytes) -> None:
+        # An address may be another pod's by now.
+        if self.maps[name].lookup(key) == value:
+            self.maps[name].delete(key)
 
     def _zero_counters(self, pod: int) -> None:
         # The index will be another pod's.
@@ -87,9 +119,11 @@ class PodMaps:
         size = counters.spec.value_size * bpfsys.possible_cpus()
         bpfsys.map_update(counters.fileno(), codecs.u32(pod), bytes(size))
 
-    def set_flags(self, pod: int, flags: int) -> None:
+    def set_flags(self, record: PodRecord, flags: int) -> None:
         """The one word that the programs look at first."""
-        self.maps["pod_config"].update(codecs.u32(pod), codecs.pod_config(flags))
+        first = {ip.version: ip for ip in reversed(record.ips())}
+        value = codecs.pod_config(flags, record.cookie, first.get(4), first.get(6))
+        self.maps["pod_config"].update(codecs.u32(record.index), value)
 
     def start_connect_hook(self, record: PodRecord) -> None:
         """From here on connect() in the pod's netns is looked at."""

@@ -15,12 +15,14 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
 from meshbpf.agent.datapath import rtnetlink
 from meshbpf.agent.datapath.codecs import IPAddress
+from meshbpf.agent.datapath.flowcodecs import Flow
 from meshbpf.agent.datapath.netlink import Netlink, NetlinkError, attributes, nested, u32
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.bpf import AGENT_MARK, STEER_MARK, STEER_MASK
@@ -28,6 +30,7 @@ from meshbpf.bpf import AGENT_MARK, STEER_MARK, STEER_MASK
 # Names of include/uapi/linux/{sock_diag,inet_diag}.h.
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _SOCK_DESTROY: Final = 21
+_INET_DIAG_INFO: Final = 2
 _INET_DIAG_MARK: Final = 15
 _INET_DIAG_SK_BPF_STORAGES: Final = 20
 _INET_DIAG_REQ_SK_BPF_STORAGES: Final = 2
@@ -38,6 +41,8 @@ _NETLINK_SOCK_DIAG: Final = 4
 _STATES: Final = 0xFFF & ~(1 << 10 | 1 << 7 | 1 << 6 | 1)
 
 _ID_BYTES: Final = 48
+_COOKIE_AT: Final = 40  # in struct inet_diag_sockid
+_TCP_INFO_BYTES_AT: Final = 120  # tcpi_bytes_acked, tcpi_bytes_received (linux/tcp.h)
 _ROUNDS: Final = 4
 
 
@@ -51,6 +56,7 @@ class _Connection:
 
 
 def _request(family: int, states: int, identity: bytes) -> bytes:
+    """An inet_diag_req_v2."""
     return struct.pack("BBBBI", family, socket.IPPROTO_TCP, 0, 0, states) + identity
 
 
@@ -74,6 +80,63 @@ def _connections(nl: Netlink, captured_map_fd: int) -> list[_Connection]:
                 )
             )
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class SocketBytes:
+    """What one TCP socket has carried; `acked` and `received` as the kernel counts them."""
+
+    acked: int
+    received: int
+
+
+def sample(netns: Netns) -> dict[int, SocketBytes]:
+    """Every TCP connection inside, by its socket's cookie."""
+    found = {}
+    with Netlink(netns, _NETLINK_SOCK_DIAG) as nl:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            body = struct.pack(
+                "BBBBI", family, socket.IPPROTO_TCP, 1 << _INET_DIAG_INFO - 1, 0, _STATES
+            )
+            for reply in nl.dump(_SOCK_DIAG_BY_FAMILY, body + bytes(_ID_BYTES), "list TCP"):
+                info = attributes(reply[72:]).get(_INET_DIAG_INFO, b"")
+                if len(info) < _TCP_INFO_BYTES_AT + 16:
+                    continue
+                acked, received = struct.unpack_from("QQ", info, _TCP_INFO_BYTES_AT)
+                (cookie,) = struct.unpack_from("Q", reply, 4 + _COOKIE_AT)
+                found[cookie] = SocketBytes(acked, received)
+    return found
+
+
+def destroy(netns: Netns, flows: Iterable[tuple[Flow, int]]) -> int:
+    """End connections that have an end inside, given with that socket's cookie.
+
+    The cookie is what makes this safe: the kernel looks the four numbers up as
+    it does for a packet, and once the connection is gone that finds a listener.
+    Both directions are tried, for the end inside may be the client or the server.
+    """
+    ended = 0
+    with Netlink(netns, _NETLINK_SOCK_DIAG) as nl:
+        for flow, cookie in flows:
+            ends = (flow.source, flow.destination)
+            for local, remote in (ends, reversed(ends)):
+                body = _request(
+                    socket.AF_INET if local.ip.version == 4 else socket.AF_INET6,
+                    0xFFFFFFFF,
+                    struct.pack(">HH", local.port, remote.port)
+                    + local.ip.packed.ljust(16, b"\0")
+                    + remote.ip.packed.ljust(16, b"\0")
+                    + struct.pack("=IQ", 0, cookie),
+                )
+                try:
+                    nl.do(_SOCK_DESTROY, body, "end a connection")
+                except NetlinkError as error:
+                    if error.errno not in (errno.ENOENT, errno.ESTALE):
+                        raise
+                else:
+                    ended += 1
+                    break
+    return ended
 
 
 def destroy_steered(netns: Netns, captured_map_fd: int) -> int:

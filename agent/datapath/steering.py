@@ -18,24 +18,29 @@ import os
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Final
 
 from meshbpf.agent.core.address import PackedPrefix, packed_network
 from meshbpf.agent.core.errors import MeshbpfError
-from meshbpf.agent.datapath import bpffs, codecs, links, pinned
+from meshbpf.agent.datapath import bpffs, codecs, links, pinned, sockdiag
 from meshbpf.agent.datapath.attaching import Attacher
 from meshbpf.agent.datapath.cgroups import cgroup_layout
 from meshbpf.agent.datapath.codecs import IPAddress, IPNetwork
+from meshbpf.agent.datapath.flowcodecs import Flow
+from meshbpf.agent.datapath.flowmaps import FlowMaps
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.objects import compile_catalogue
 from meshbpf.agent.datapath.pins import Pins
 from meshbpf.agent.datapath.podmaps import PodMaps
 from meshbpf.agent.datapath.programs import Programs
 from meshbpf.agent.datapath.records import Phase, PodRecord, Records
+from meshbpf.agent.datapath.sockdiag import SocketBytes
 from meshbpf.agent.datapath.steering_types import (
     AttachedPod,
     Capture,
@@ -60,7 +65,8 @@ __all__ = [
     "SteeringStatistics",
 ]
 
-_CONNECT_HOOKS: Final = ("connect4", "connect6")
+# sock_ops last: what it attests the connect hooks have let through.
+_CGROUP_HOOKS: Final = ("connect4", "connect6", "sock_ops")
 _PRESENT: Final = codecs.u32(1)
 _GROUP: Final = 0
 # Words of struct heartbeat (keys.h).
@@ -84,6 +90,8 @@ class Steering:
             for group, network in map(codecs.read_prefix, self._maps["mesh"].keys())
             if group == _GROUP
         }
+        self.flows = FlowMaps(self._maps)
+        """What the kernel may carry, and what it does."""
         self.problems: tuple[str, ...] = ()
         """Pods found at `open` that could not be taken over fully, and why."""
         self.capture_in_force = capture_in_force
@@ -126,8 +134,8 @@ class Steering:
                 records=Records(opened.maps["records"]),
                 use_tcx=links.kernel_has_tcx() if use_tcx is None else use_tcx,
             )
-            in_force, reason = _connect_hooks(attacher, capture)
-            self = cls(attacher, in_force, reason)
+            in_force, reason, carries = _cgroup_hooks(attacher, capture)
+            self = cls(replace(attacher, carries=carries), in_force, reason)
             stack.callback(self._release_memory)
             self._heart[_LIMIT] = int(heartbeat_limit_s * 1e9)
             if "mesh" in opened.fresh:
@@ -218,6 +226,38 @@ class Steering:
             if record is None:
                 raise MeshbpfError("not-attached", f"{key} is not attached")
             PodMaps(self._maps).set_listeners(record.index, listeners)
+
+    # --- flows that the kernel carries ----------------------------------------
+
+    def destroy_flows(self, flows: Iterable[tuple[Flow, int, int]]) -> int:
+        """End connections, each with the pod and the cookie of its watched socket; how many did.
+
+        Both ends see a reset. One that has ended by itself is no error.
+        """
+        by_pod: dict[int, list[tuple[Flow, int]]] = defaultdict(list)
+        for flow, pod, cookie in flows:
+            by_pod[pod].append((flow, cookie))
+        with self._lock:
+            records = [record for record in self._records if record.index in by_pod]
+            return sum(
+                self._attacher.destroy_flows(record, by_pod[record.index]) for record in records
+            )
+
+    def sample_flows(self, pods: Collection[int]) -> dict[int, dict[int, SocketBytes]]:
+        """What the TCP sockets of these pods have carried so far, by pod and socket cookie."""
+        found: dict[int, dict[int, SocketBytes]] = {}
+        with self._lock:
+            records = [record for record in self._records if record.index in pods]
+        for record in records:
+            netns = self._attacher.netns_of(record)
+            if netns is None:
+                found[record.index] = {}
+                continue
+            try:
+                found[record.index] = sockdiag.sample(netns)
+            finally:
+                netns.close()
+        return found
 
     # --- what the hooks look up ---------------------------------------------
 
@@ -338,6 +378,7 @@ class Steering:
             self._descriptors.close()
 
     def _release_memory(self) -> None:
+        self.flows.close()
         self._heart.release()
         self._memory.close()
 
@@ -372,22 +413,31 @@ def _attached(record: PodRecord) -> AttachedPod:
         host_ifindexes=tuple(dict.fromkeys(one.ifindex for one in record.points if one.on_host)),
         host_skipped=record.host_skipped,
         on_agent_down=OnAgentDown.OPEN if fail_open else OnAgentDown.CLOSED,
+        same_node=bool(record.flags & PodFlag.SAME_NODE),
     )
 
 
-def _connect_hooks(attacher: Attacher, capture: Capture) -> tuple[str, str]:
-    """Attach or remove the connect hooks; what is in force, and why."""
+def _cgroup_hooks(attacher: Attacher, capture: Capture) -> tuple[str, str, PodFlag]:
+    """Attach or remove the cgroup hooks; what is in force, why, and what the kernel may carry.
+
+    Without sock_ops nobody says whose a connection is, and nobody watches it.
+    Where the hooks may not see every process (a part of the hierarchy), a
+    plaintext connection could end at a server that they do not see.
+    """
     pins = attacher.pins
     layout = cgroup_layout()
     if capture is Capture.AUTO and layout.point is not None:
         with Programs(attacher.compiled, attacher.maps) as programs:
-            for name in _CONNECT_HOOKS:
-                links.hold_connect_hook(pins, name, layout.point, programs.loader(name))
-        return "connect+tc", layout.reason
-    for name in _CONNECT_HOOKS:
+            for name in _CGROUP_HOOKS:
+                links.hold_cgroup_hook(pins, name, layout.point, programs.loader(name))
+        carries = PodFlag.SAME_NODE
+        if not layout.contained:
+            carries |= PodFlag.PLAINTEXT
+        return "connect+tc", layout.reason, carries
+    for name in _CGROUP_HOOKS:
         path = pins.cgroup() / name
         for pin in (path, *pins.inherited(path)):
             pinned.drop(pin)
     if capture is Capture.TC:
-        return "tc", "asked for"
-    return "tc", layout.reason
+        return "tc", "asked for", PodFlag.NONE
+    return "tc", layout.reason, PodFlag.NONE

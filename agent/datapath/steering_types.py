@@ -41,6 +41,8 @@ class PodSteering:
     exempt_interfaces: frozenset[str] = frozenset()
     dns: bool = False
     """Its DNS queries go to the listeners of the two DNS roles, where there are such."""
+    same_node: bool = True
+    """The kernel may carry its connections from and to other pods of the node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class AttachedPod:
     host_ifindexes: tuple[int, ...]
     host_skipped: tuple[str, ...]
     on_agent_down: OnAgentDown
+    same_node: bool = False
+    """The kernel carries connections with other pods of this node that policy allows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ before anything was known of it. `logs.py` writes the lines and never waits.
 
 Identities are told only where mutual TLS is in force. `bytes_sent` is what
 this node's pod sent, whichever side that is; an inbound `dst.addr` keeps the
-tunnel's port 15008, and `dst.hbone_addr` is what was asked of the tunnel.
+tunnel's port 15008, and `dst.hbone_addr` is what was asked of the tunnel. A
+field `path=kernel` marks connections that the agent did not carry.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from meshbpf.agent.core.address import SocketAddress
 from meshbpf.agent.core.traffic import LABELS, UNKNOWN, Labels, Reporter
 
 if TYPE_CHECKING:
+    from meshbpf.agent.core.workload import Workload
+    from meshbpf.agent.datapath.flowcodecs import FlowRecord
     from meshbpf.agent.runtime.connections import LiveConnection
 
 access_log = logging.getLogger("access")
@@ -60,6 +63,42 @@ def complete(live: LiveConnection, labels: Labels, duration_s: float) -> None:
     _write(level, "connection complete", fields)
 
 
+def wants_complete() -> bool:
+    """Whether anybody reads of connections that ended well."""
+    return access_log.isEnabledFor(logging.INFO)
+
+
+def carried(
+    record: FlowRecord,
+    reporter: Reporter,
+    labels: Labels,
+    source: Workload | None,
+    destination: Workload,
+) -> None:
+    """Say that a connection has ended which the kernel carried: `path` is then `kernel`."""
+    inbound = reporter is Reporter.DESTINATION
+    fields: dict[str, object] = {
+        "src.addr": record.flow.source,
+        "src.workload": source.name if source is not None else None,
+        "src.namespace": _told(labels, _SOURCE_NAMESPACE),
+        "src.identity": _told(labels, _SOURCE_PRINCIPAL),
+        "src.cluster": _told(labels, _SOURCE_CLUSTER),
+        "dst.addr": record.flow.destination,
+        "dst.service": _told(labels, _SERVICE),
+        "dst.workload": destination.name,
+        "dst.namespace": _told(labels, _NAMESPACE),
+        "dst.identity": _told(labels, _PRINCIPAL),
+        "dst.cluster": _told(labels, _CLUSTER),
+        "direction": _DIRECTION[reporter],
+        "path": "kernel",
+        "bytes_sent": record.received if inbound else record.sent,
+        "bytes_recv": record.sent if inbound else record.received,
+        "duration": f"{(record.closed_ns - record.opened_ns) // 1_000_000}ms",
+        "error": "not established" if record.failed else None,
+    }
+    _write(logging.ERROR if record.failed else logging.INFO, "connection complete", fields)
+
+
 def denied_early(
     source: SocketAddress, destination: SocketAddress, reporter: Reporter, error: str
 ) -> None:
@@ -82,12 +121,16 @@ def _write(level: int, message: str, fields: dict[str, object]) -> None:
     access_log.handle(record)
 
 
+def _told(labels: Labels, index: int) -> str | None:
+    return None if labels[index] == UNKNOWN else labels[index]
+
+
 def _ends(live: LiveConnection, labels: Labels) -> dict[str, object]:
     source, destination = live.source_workload, live.destination_workload
     mutual_tls = live.mutual_tls
 
     def told(index: int) -> str | None:
-        return None if labels[index] == UNKNOWN else labels[index]
+        return _told(labels, index)
 
     return {
         "src.addr": live.source,

@@ -23,6 +23,7 @@ from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.datapath.steering import Capture, Steering
 from meshbpf.agent.runtime import reports
+from meshbpf.agent.runtime.carrying import Carrying
 from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_now
 from meshbpf.agent.runtime.cni import CniService
 from meshbpf.agent.runtime.connections import ConnectionRegistry
@@ -88,6 +89,7 @@ class Agent:
         self._steering: Steering | None = None
         self._heartbeat: Heartbeat | None = None
         self._forwarder: Forwarder | None = None
+        self._carrying: Carrying | None = None
         self.pods: PodManager | None = None
         self.readiness = Readiness("bpf", "certificates", "heartbeat", "mesh-state", "pods")
         self._mesh = LiveMesh(self._datapath_lock)
@@ -127,12 +129,16 @@ class Agent:
             await self._mesh.apply(state)
         await self._nursery.start(self._follow_source)
         self.readiness.done("mesh-state")
+        self._carrying = carrying = Carrying(
+            steering, self._mesh.current, self._connections.telemetry.traffic
+        )
         self._forwarder = Forwarder(
             self._mesh.current,
             self._certificates,
             self._connections,
             dns_metrics=self._dns_metrics,
             cluster_domain=settings.cluster_domain,
+            carrier=carrying.carrier,
         )
         self.pods = pods = PodManager(
             settings,
@@ -145,13 +151,17 @@ class Agent:
             nursery=self._nursery,
             store=self._store,
             locator=self._locator,
+            carrier=carrying.carrier,
         )
+        await carrying.begin()
         for path in settings.probe_cgroups:
             if not path.is_dir():
                 log.warning("probe cgroup is not there: its probes will be captured", path=path)
         await pods.restore()
         self.readiness.done("pods")
         self._mesh.on_change(self._mesh_changed)
+        self._mesh.settle_with(carrying.carrier.settle)
+        await carrying.adopt()
         self._heartbeat = heartbeat = Heartbeat(
             steering, lease_s=settings.lease_s, source_healthy=lambda: self._source.healthy
         )
@@ -169,6 +179,8 @@ class Agent:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.pods.watch)
             nursery.start_soon(self.monitoring.sweep)
+            if self._carrying is not None:
+                nursery.start_soon(self._carrying.run)
             nursery.start_soon(NamedPods(self.pods, self._locator).run)
             if isinstance(self._source, KubernetesSource):
                 reporter = StatusReporter(self._source, self._settings.node, self._steered)
@@ -252,6 +264,8 @@ class Agent:
                 continue  # logged where it failed
 
     def _mesh_changed(self, mesh: Snapshot) -> None:
+        if self._carrying is not None:
+            self._carrying.carrier.changed(mesh)
         if self.pods is not None:
             self.pods.refresh(mesh)
         cut = self._connections.recheck(mesh)
@@ -308,7 +322,8 @@ class Agent:
         return self._certificates.describe()
 
     async def _list_connections(self, request: api.ConnectionsRequest) -> api.ConnectionsResult:
-        return reports.connections(request, self._connections.list())
+        kernel = [] if self._carrying is None else await self._carrying.connections()
+        return reports.connections(request, self._connections.list(), kernel)
 
     async def _version(self, _request: api.VersionRequest) -> api.VersionResult:
         return api.VersionResult(

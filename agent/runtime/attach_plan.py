@@ -83,6 +83,7 @@ def plan(
         netns_inode=where.netns.inode,
         service_account=service_account(name, request.service_account, where, settings, mesh),
         on_agent_down=request.on_agent_down or settings.on_agent_down,
+        same_node=request.same_node or settings.same_node,
         exempt_ports=tuple(sorted(ports)),
         exempt_cidrs=tuple(map(str, cidrs)),
         exempt_interfaces=tuple(sorted(interfaces)),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from meshbpf.agent.api import OnAgentDownName
+from meshbpf.agent.api import OnAgentDownName, SameNodeName
 from meshbpf.agent.config import PodName
 from meshbpf.agent.core.errors import ConfigError
 from meshbpf.agent.runtime.state_dir import write_atomically
@@ -35,6 +35,7 @@ class Attachment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Which namespace that was: a path can come to name another one."""
     service_account: str
     on_agent_down: OnAgentDownName
+    same_node: SameNodeName = "kernel"
     exempt_ports: tuple[int, ...] = ()
     exempt_cidrs: tuple[str, ...] = ()
     exempt_interfaces: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import trio
 
 from meshbpf.agent.datapath.steering import Role
+from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.connections import ConnectionRegistry, ConnectionStatistics
 from meshbpf.agent.runtime.dns_metrics import DnsMetrics
 from meshbpf.agent.runtime.dns_proxy import DnsProxy
@@ -85,7 +86,9 @@ class Forwarder:
         *,
         dns_metrics: DnsMetrics | None = None,
         cluster_domain: str = "cluster.local",
+        carrier: Carrier | None = None,
     ) -> None:
+        self._carrier = carrier
         self._mesh = mesh
         self._identities = identities
         self._connections = connections
@@ -111,8 +114,11 @@ class Forwarder:
                     nursery,
                     self._rng,
                     self._hostnames.addresses,
+                    self._carrier,
                 )
-                inbound = Inbound(pod, self._mesh, self._identities, self._connections, nursery)
+                inbound = Inbound(
+                    pod, self._mesh, self._identities, self._connections, nursery, self._carrier
+                )
                 names = DnsProxy(
                     pod,
                     self._mesh,

@@ -20,6 +20,7 @@ from meshbpf.agent.core.routing import inbound_hbone, inbound_plain
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.traffic import Reporter, inbound_service, parse_baggage
 from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.connections import (
     ConnectionRegistry,
     Direction,
@@ -68,7 +69,9 @@ class Inbound:
         identities: Identities,
         connections: ConnectionRegistry,
         nursery: trio.Nursery,
+        carrier: Carrier | None = None,
     ) -> None:
+        self._carrier = carrier
         self._pod = pod
         self._mesh = mesh
         self._identities = identities
@@ -227,6 +230,10 @@ class Inbound:
             with self._connections.track(
                 self._pod, Direction.INBOUND, Transport.TCP, source, target
             ) as live:
+                caller = self._caller(source, target)
+                attested = caller.workload(mesh) if caller is not None else None
+                if attested is not None:
+                    live.source_identity = attested.identity
                 self._describe(live, mesh, workload, route, None)
                 try:
                     with live.scope:
@@ -243,11 +250,27 @@ class Inbound:
         self, client: socket.socket, live: LiveConnection, route: InboundRoute
     ) -> None:
         app = await self._admit(live, route)
+        self._offer(live, live.destination)
         try:
             await splice_both(client, app, live.sent, live.received)
             live.finished = True
         finally:
             hang_up(app, finished=live.finished)
+
+    def _caller(self, source: SocketAddress, target: SocketAddress) -> LocalPod | None:
+        """The pod of this node whose connection the kernel attests, and left to us."""
+        if self._carrier is None:
+            return None
+        return self._carrier.caller(self._pod, source, target)
+
+    def _offer(self, live: LiveConnection, target: SocketAddress) -> None:
+        if self._carrier is None or live.facts is None:
+            return
+        caller = self._caller(live.source, target)
+        if caller is not None:
+            self._carrier.offer_pair(caller, live.source.ip, target)
+        elif live.facts.source_identity is None:
+            self._carrier.offer_plaintext(self._pod, live.facts)
 
     # --- both ---------------------------------------------------------------
 

@@ -23,6 +23,8 @@ class LocalPod:
     sockets: SocketFactory
     index: int = 0
     """The number by which the kernel programs know the pod."""
+    cookie: int = 0
+    """Of its network namespace: unlike the index, never another pod's."""
     pool: TunnelPool = field(default_factory=TunnelPool)
 
     @property

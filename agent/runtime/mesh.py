@@ -9,7 +9,7 @@ change and not the mesh.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Protocol
 
 import trio
@@ -46,6 +46,7 @@ class LiveMesh:
         self._kernel_follows = False
         self._prefixes = MeshPrefixes()
         self._listeners: list[Callable[[Snapshot], None]] = []
+        self._settlers: list[Callable[[], Awaitable[object]]] = []
         self.snapshot = Snapshot.EMPTY
 
     def current(self) -> Snapshot:
@@ -55,6 +56,10 @@ class LiveMesh:
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """Call `listener` with each new snapshot, once it is in force."""
         self._listeners.append(listener)
+
+    def settle_with(self, settle: Callable[[], Awaitable[object]]) -> None:
+        """Await `settle` before a new state counts as applied."""
+        self._settlers.append(settle)
 
     def steer_with(self, kernel: Destinations) -> None:
         """Where the kernel's list of destinations is set.
@@ -88,8 +93,12 @@ class LiveMesh:
                 await trio.to_thread.run_sync(self._steer, change)
         self._prefixes.commit(change)
         self.snapshot = new
+        # In the same step of the event loop: nobody decides by the new state
+        # before those who keep answers of the old one have heard of it.
         for listener in self._listeners:
             listener(new)
+        for settle in self._settlers:
+            await settle()
 
     def _prepare(self, old: Snapshot, delta: MeshDelta) -> tuple[Snapshot, PrefixChange]:
         with heap.undisturbed(len(delta)):

@@ -22,6 +22,7 @@ from meshbpf.agent.core.routing import outbound
 from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.traffic import Reporter
 from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.connections import (
     ConnectionRegistry,
     Direction,
@@ -73,7 +74,9 @@ class Outbound:
         nursery: trio.Nursery,
         rng: random.Random,
         resolve: Resolve,
+        carrier: Carrier | None = None,
     ) -> None:
+        self._carrier = carrier
         self._pod = pod
         self._mesh = mesh
         self._identities = identities
@@ -101,6 +104,8 @@ class Outbound:
             except MeshbpfError as error:
                 self._connections.telemetry.denied_early(Reporter.SOURCE, source, target, error)
                 raise
+            if self._carrier is not None and isinstance(route, HboneRoute):
+                self._carrier.offer_pair(self._pod, source.ip, target)
             transport = Transport.HBONE if isinstance(route, HboneRoute) else Transport.TCP
             with self._connections.track(
                 self._pod, Direction.OUTBOUND, transport, source, target

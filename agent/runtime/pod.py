@@ -108,6 +108,7 @@ class Pod:
             addresses=addresses,
             sockets=PodSockets(netns, steering.protect, addresses, steering.own_sockets_map),
             index=kernel.index,
+            cookie=kernel.cookie,
         )
 
     def update_blocking(self, steering: Steering, wanted: Attachment) -> None:

@@ -199,6 +199,7 @@ def pod_steering(attachment: Attachment, netns: Netns) -> PodSteering:
         key=attachment.pod,
         netns=netns,
         on_agent_down=OnAgentDown(attachment.on_agent_down),
+        same_node=attachment.same_node == "kernel",
         exempt_ports=frozenset(attachment.exempt_ports),
         exempt_cidrs=tuple(map(ip_network, attachment.exempt_cidrs)),
         exempt_interfaces=frozenset(attachment.exempt_interfaces),

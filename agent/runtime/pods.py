@@ -38,6 +38,7 @@ from meshbpf.agent.runtime.attach_plan import (
     plan,
 )
 from meshbpf.agent.runtime.attachments import Attachment
+from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.certs import CertificateStore, utc_now
 from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.locate import Locator
@@ -67,8 +68,10 @@ class PodManager:
         nursery: trio.Nursery,
         store: FdStore,
         locator: Locator,
+        carrier: Carrier | None = None,
     ) -> None:
         self._locator = locator
+        self._carrier = carrier
         self._mesh_changed = trio.Event()
         self._settings = settings
         self._store = store
@@ -310,6 +313,8 @@ class PodManager:
                 self._certificates.release(pod.identity, pod.key)
             raise
         self._warn_of_doubts(pod)
+        if self._carrier is not None and pod.local is not None:
+            self._carrier.add(pod.local)
         self._pods[pod.key] = pod
         self._nursery.start_soon(
             pod.serve,
@@ -345,6 +350,8 @@ class PodManager:
     async def _stop(self, pod: Pod) -> None:
         """Lift the capture, end the forwarder, forget. Raises MeshbpfError before any of it."""
         await trio.to_thread.run_sync(self._steering.detach, pod.key)
+        if self._carrier is not None and pod.local is not None:
+            self._carrier.remove(pod.local.index)
         await trio.to_thread.run_sync(self._store.drop, pod.key)
         del self._pods[pod.key]
         if not pod.waiting:

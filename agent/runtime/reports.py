@@ -56,6 +56,7 @@ def pod_info(pod: Pod, mesh: Snapshot, connections: int) -> PodInfo:
         sandbox=attachment.sandbox,
         uid=attachment.uid,
         cgroup=attachment.cgroup,
+        same_node="kernel" if kernel is not None and kernel.same_node else "hbone",
     )
 
 
@@ -90,17 +91,20 @@ def services(mesh: Snapshot) -> ServicesResult:
 
 
 def connections(
-    request: ConnectionsRequest, records: Sequence[ConnectionRecord]
+    request: ConnectionsRequest,
+    records: Sequence[ConnectionRecord],
+    kernel: Sequence[ConnectionInfo] = (),
 ) -> ConnectionsResult:
-    """The connections that `request` selects, oldest first."""
+    """The connections that `request` selects: the agent's, oldest first, then the kernel's."""
+    found = (*map(_connection, records), *kernel)
     selected = [
-        record
-        for record in records
-        if request.pod in (None, record.pod)
-        if request.direction in (None, str(record.direction))
+        one
+        for one in found
+        if request.pod in (None, one.pod)
+        if request.direction in (None, one.direction)
     ]
     return ConnectionsResult(
-        connections=tuple(map(_connection, selected[: max(0, request.limit)])),
+        connections=tuple(selected[: max(0, request.limit)]),
         total=len(selected),
     )
 

@@ -65,6 +65,18 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """What connections of one set of labels have added that the kernel carries."""
+
+    opened: int
+    closed: int
+    failed: int
+    sent: int
+    """Bytes from source to destination."""
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
 class Flow:
     """Totals from one workload to another, for people."""
 
@@ -139,6 +151,25 @@ class TrafficMetrics:
             series.failed += 1
             series.used_at = now
         series.closed += 1
+
+    def carried(self, labels: Labels, added: Carried) -> None:
+        """Connections that no task of ours carried; they are told of in sums."""
+        series = self._find(labels)
+        series.opened += added.opened
+        # Those that an earlier agent counted as opened end here without it.
+        series.live = max(0, series.live + added.opened - added.closed)
+        series.closed += added.closed
+        series.received += added.sent
+        series.sent += added.received
+        now = series.used_at = self._clock()
+        if added.failed:
+            flag = ResponseFlag.CONNECT.value
+            # As one that the agent carries: opened here, its end under its flag.
+            series.opened += added.failed
+            failed = self._find((*labels[:FLAG_AT], flag, *labels[FLAG_AT + 1 :]))
+            failed.failed += added.failed
+            failed.closed += added.failed
+            failed.used_at = now
 
     def socket_opened(self, reporter: Reporter) -> None:
         """A captured connection or tunnel was accepted."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
-from meshbpf.agent.api import AttachRequest, AttachResult, OnAgentDownName
+from meshbpf.agent.api import AttachRequest, AttachResult, OnAgentDownName, SameNodeName
 from meshbpf.agent.config import IPNetwork
 from meshbpf.cli.client import change
 from meshbpf.cli.failure import CommandUsageError
 from meshbpf.cli.options import (
     ON_AGENT_DOWN,
+    SAME_NODE,
     Session,
     common_options,
     exemption_options,
@@ -51,6 +52,7 @@ from meshbpf.cli.table import EMPTY, line
     default=None,
     help="Answer its DNS queries from the mesh state.  [default: as the agent was told]",
 )
+@click.option("--same-node", type=SAME_NODE, help="Overrides the agent's default.")
 @exemption_options
 @common_options
 @pass_session
@@ -64,6 +66,7 @@ def command(
     service_account: str | None,
     on_agent_down: OnAgentDownName | None,
     dns: bool | None,
+    same_node: SameNodeName | None,
     exempt_ports: tuple[frozenset[int], ...],
     exempt_cidrs: tuple[tuple[IPNetwork, ...], ...],
     exempt_interfaces: tuple[str, ...],
@@ -93,6 +96,7 @@ def command(
         service_account=service_account,
         on_agent_down=on_agent_down,
         dns=dns,
+        same_node=same_node,
         exempt_ports=tuple(sorted(exempt.ports)) or None,
         exempt_cidrs=tuple(map(str, exempt.cidrs)) or None,
         exempt_interfaces=tuple(sorted(exempt.interfaces)) or None,

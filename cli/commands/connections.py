@@ -30,7 +30,7 @@ from meshbpf.cli.units import duration, size
     type=click.IntRange(1, 1_000_000),
     default=10_000,
     show_default=True,
-    help="Show this many at most, the oldest first.",
+    help="Show this many at most, the agent's first.",
 )
 @common_options
 @pass_session
@@ -41,7 +41,7 @@ def command(
     direction: Literal["outbound", "inbound"] | None,
     limit: int,
 ) -> None:
-    """List the connections that the agent carries now, the oldest first."""
+    """List the connections that are carried now: the agent's, oldest first, then the kernel's."""
     request = ConnectionsRequest(
         pod=None if pod is None else pod_key(pod, namespace), direction=direction, limit=limit
     )
@@ -55,7 +55,7 @@ def command(
 
 
 def view(result: ConnectionsResult) -> str:
-    """One connection a line; UPSTREAM is what the agent dialed for it."""
+    """One connection a line; UPSTREAM is what the agent dialed, if it carries the connection."""
     return table(
         (
             "DIRECTION",
@@ -81,7 +81,7 @@ def _row(connection: ConnectionInfo) -> tuple[CellLike, ...]:
         connection.source,
         connection.destination,
         connection.service,
-        connection.protocol,
+        connection.protocol if connection.path == "agent" else f"{connection.protocol} (kernel)",
         connection.upstream,
         connection.peer_identity,
         Cell(size(connection.bytes_sent), right=True),

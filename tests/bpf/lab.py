@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import struct
 import subprocess
@@ -23,7 +24,7 @@ from meshbpf.agent.datapath.mounts import mounts_of
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import Role, Steering
 
-TAG = "st"
+TAG = os.environ.get("MESHBPF_TESTBED_TAG", "st")
 HOST, POD, PEER = f"{TAG}-host", f"{TAG}-p1", f"{TAG}-p2"
 HOST_V4, POD_V4, PEER_V4 = "198.18.40.1", "198.18.41.1", "198.18.41.2"
 HOST_V6, POD_V6, PEER_V6 = "fd00:6d62:41::ff", "fd00:6d62:41::1", "fd00:6d62:41::2"

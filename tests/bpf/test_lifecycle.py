@@ -31,6 +31,8 @@ SYSCTLS = (
     "net/ipv4/tcp_early_demux",
 )
 
+HOOKS = ["connect4", "connect6", "sock_ops"]
+
 
 def traces(netns: Netns) -> dict[str, str]:
     """All that steering could leave in the pod's namespace and on its host end."""
@@ -397,13 +399,13 @@ def test_a_pod_that_lost_an_interface_does_not_keep_an_agent_from_starting(
 def test_an_agent_may_come_back_in_the_other_capture_mode(open_steering: Open, pod: Netns) -> None:
     agent_id = f"st-modes-{os.getpid()}"
     listeners = lab.open_listeners(pod)
-    for mode, hooks in (("auto", ["connect4", "connect6"]), ("tc", []), ("auto", None)):
+    for mode, hooks in (("auto", HOOKS), ("tc", []), ("auto", None)):
         made = open_steering(agent_id, mode=mode)
         made.set_mesh(lab.MESH)
         made.beat(lease_s=60)
         made.attach(PodSteering("ns/pod", pod), listeners)
         found = sorted(path.name for path in made._pins.cgroup().iterdir())
-        assert found == (hooks if hooks is not None else ["connect4", "connect6"])
+        assert found == (hooks if hooks is not None else HOOKS)
         assert made.capture_in_force == ("tc" if mode == "tc" else "connect+tc")
         with pod.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
             sock.settimeout(2)

@@ -128,6 +128,8 @@ def test_attach_passes_each_option_on(agent: Any, invoke: Any) -> None:
         *("--service-account", "sa", "--on-agent-down", "open", "--exempt-port", "22,8000-8002"),
         *("--exempt-port", "9", "--exempt-cidr", "198.51.100.0/24", "--exempt-interface", "eth1"),
         "--no-dns",
+        "--same-node",
+        "hbone",
     )
     (request,) = fake.requests
     assert msgspec.structs.asdict(request) == {
@@ -137,6 +139,7 @@ def test_attach_passes_each_option_on(agent: Any, invoke: Any) -> None:
         "container": None,
         "service_account": "sa",
         "on_agent_down": "open",
+        "same_node": "hbone",
         "exempt_ports": (9, 22, 8000, 8001, 8002),
         "exempt_cidrs": ("198.51.100.0/24",),
         "exempt_interfaces": ("eth1",),

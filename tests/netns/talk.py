@@ -100,8 +100,8 @@ def ends(sock: socket.socket, within_s: float) -> str:
         try:
             if not sock.recv(65536):
                 return "fin"
-        except ConnectionResetError:
-            return "reset"
+        except (ConnectionResetError, ConnectionAbortedError):
+            return "reset"  # the latter where the kernel was told to end this very socket
         except TimeoutError:
             break
     raise BedError(f"the connection lives on after {within_s} s")

@@ -26,6 +26,8 @@
 #define map_put(number, key, value)                                                                \
     bpf_map_update_elem_((u64)bpf_pseudo_fd(1, (number)), (key), (value), BPF_ANY)
 
+#define map_drop(number, key) bpf_map_delete_elem_((u64)bpf_pseudo_fd(1, (number)), (key))
+
 #define TEXT_OF_(x) #x
 #define TEXT_OF(x) TEXT_OF_(x)
 

@@ -2,6 +2,7 @@
 // The body of connect4 and connect6.
 #pragma once
 
+#include "carry.h"
 #include "socket.h"
 #include "verdict.h"
 
@@ -17,8 +18,28 @@ INLINE void unmark(struct bpf_sock_addr *ctx, u32 mark)
     bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
 }
 
+// Whether the kernel may carry it to another pod of this node, by the source
+// address that it most likely gets. sock_ops sees the real one and asks again:
+// where it says no, TC captures the SYN.
+INLINE int may_carry(const struct bpf_sock_addr *ctx, u32 pod, const struct pod_config *config,
+                     const struct address *destination)
+{
+    struct verdict_key key = {};
+    struct bpf_sock *sk = ctx->sk;
+    struct address source;
+
+    if (!(config->flags & POD_SAME_NODE))
+        return 0;
+    source = is_v4(destination) ? config->source_v4 : config->source_v6;
+    if (sk && is_v4(destination) && sk->src_ip4)
+        map_v4(&source, sk->src_ip4);
+    return find_pair(&key, pod, &source, destination, bpf_ntohs(ctx->user_port)) != 0;
+}
+
 INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destination)
 {
+    struct pod_config *config;
+    enum verdict verdict;
     u64 cookie;
     u32 *pod, mark = 0;
 
@@ -34,9 +55,19 @@ INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destinati
         count(DECISION_AGENT_SOCKET);
         return PROCEED;
     }
+    config = config_of(*pod);
+    if (!config)
+        return PROCEED;
     bpf_getsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
 
-    switch (judge(*pod, destination, bpf_ntohs(ctx->user_port))) {
+    verdict = judge(*pod, config->flags, destination, bpf_ntohs(ctx->user_port));
+    if (verdict == IN_MESH) {
+        if (may_carry(ctx, *pod, config, destination))
+            verdict = LEAVE_ALONE;
+        else
+            verdict = ask_agent(*pod, config->flags, destination);
+    }
+    switch (verdict) {
     case REFUSE:
         bpf_set_retval(-ECONNREFUSED); // a plain 0 would say EPERM
         return FAIL;
@@ -44,7 +75,7 @@ INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destinati
         unmark(ctx, mark);
         clear_captured(ctx->sk);
         return PROCEED;
-    case CAPTURE:
+    default:
         break;
     }
     // The application's own mark serves its own policy routes: not ours to

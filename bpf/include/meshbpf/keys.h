@@ -49,6 +49,83 @@ struct flow {
 struct pod_config {
     u32 flags; // POD_*
     u32 reserved;
+    u64 cookie; // of its netns: no other ever has it, while its index may go to another pod
+    // What the kernel will most likely choose for an unbound socket; 0 where there is none.
+    struct address source_v4;
+    struct address source_v6;
+};
+
+// All that policy can read of a connection. The agent writes an element only
+// where its own decision functions allow the connection.
+struct verdict_key {
+    u32 source;      // index of the attested pod; 0: an address, which proves nothing
+    u32 destination; // index
+    struct address source_address;
+    struct address destination_address;
+    u32 port; // host order
+};
+
+struct verdict_value {
+    u64 source_epoch; // 0 where there is no source
+    u64 destination_epoch;
+    u32 slot; // of its counters
+    u32 reserved;
+};
+
+// A connection that the kernel carries, from before its SYN to its end. Each
+// byte flag has one writer, so that none needs an atomic.
+struct flow_state {
+    u64 source_cookie; // of the source pod's netns, 0 in plaintext
+    u64 socket_cookie; // of the end that we watch: the client, in plaintext the server
+    u64 opened_ns;
+    u64 received_at_fin; // what our end had received when its FIN was acknowledged
+    u32 source;          // pod index, 0 in plaintext
+    u32 destination;
+    u32 slot;
+    u32 client_isn; // network order, as the next
+    u32 server_isn;
+    u8 syn_sent; // by the source pod's veth, under client_isn
+    u8 syn_came; // to the destination pod's veth, under the same
+    u8 answered; // by the destination pod's veth, under server_isn
+    u8 carried;  // the destination's sk_lookup left it to the kernel
+    u8 open;     // it was established
+    u8 reserved[7];
+};
+
+// Of one pair of workloads, in the terms of Istio's metrics.
+struct flow_slot {
+    u64 opened;
+    u64 closed;
+    u64 failed;   // ended before they were established
+    u64 sent;     // bytes from source to destination, of connections that are closed
+    u64 received; // bytes from destination to source
+};
+
+struct flow_quota {
+    u64 records; // that may be queued until the agent comes by again
+    u64 records_dropped;
+    u64 reports_lost; // the queue was full: the agent must look at everything
+};
+
+// A connection that has ended, for the access log.
+struct flow_record {
+    struct flow flow;
+    u32 slot;
+    u64 opened_ns;
+    u64 closed_ns;
+    u64 sent;
+    u64 received;
+    u32 failed;
+    u32 reserved;
+};
+
+// A connection that was established without a verdict that holds now.
+struct flow_report {
+    struct flow flow;
+    u32 reason; // REPORT_*
+    u64 socket_cookie;
+    u32 source;
+    u32 destination;
 };
 
 // All three in CLOCK_MONOTONIC nanoseconds, the clock of bpf_ktime_get_ns().
@@ -72,7 +149,14 @@ _Static_assert(sizeof(struct pod_port) == 8, "exempt_ports");
 _Static_assert(sizeof(struct pod_interface) == 8, "exempt_ifaces");
 _Static_assert(sizeof(struct listener_key) == 8, "listeners");
 _Static_assert(sizeof(struct flow) == 36, "probes");
-_Static_assert(sizeof(struct pod_config) == 8, "pod_config");
+_Static_assert(sizeof(struct pod_config) == 48, "pod_config");
+_Static_assert(sizeof(struct verdict_key) == 44, "verdicts");
+_Static_assert(sizeof(struct verdict_value) == 24, "verdicts");
+_Static_assert(sizeof(struct flow_state) == 64, "flows");
+_Static_assert(sizeof(struct flow_slot) == 40, "flow_slots");
+_Static_assert(sizeof(struct flow_quota) == 24, "flow_quota");
+_Static_assert(sizeof(struct flow_record) == 80, "flow_records");
+_Static_assert(sizeof(struct flow_report) == 56, "flow_reports");
 _Static_assert(sizeof(struct heartbeat) == 24, "heartbeat");
 _Static_assert(sizeof(struct pod_counters) == 40, "pod_counters");
 

@@ -4,10 +4,15 @@
 
 #include "keys.h"
 
+INLINE struct pod_config *config_of(u32 pod)
+{
+    return map_find(MAP_POD_CONFIG, &pod);
+}
+
 // Flags of a pod that is attached, 0 of any other.
 INLINE u32 pod_flags(u32 pod)
 {
-    struct pod_config *config = map_find(MAP_POD_CONFIG, &pod);
+    struct pod_config *config = config_of(pod);
 
     return config ? config->flags : 0;
 }
@@ -59,6 +64,17 @@ INLINE int lease_is_fresh(void)
     struct heartbeat *heart = map_find(MAP_HEARTBEAT, &zero);
 
     return heart && bpf_ktime_get_ns() < heart->lease_until_ns;
+}
+
+// A probe's SYNs all refresh its entry; later the address and port may be
+// anybody's.
+#define PROBE_VALID_NS 10000000000ULL
+
+INLINE int is_probe(const struct flow *flow)
+{
+    u64 *seen_ns = map_find(MAP_PROBES, flow);
+
+    return seen_ns && (s64)(bpf_ktime_get_ns() - *seen_ns) < (s64)PROBE_VALID_NS;
 }
 
 // The caller releases what it gets. Sockhash forgets a listener when it closes.
