@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint types unit bpf netns containerd peers slow cni cni-test deb nspawn bench bench-quick bench-attach fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
+.PHONY: help ready setup demo test lint types unit bpf netns containerd peers slow cni cni-test deb nspawn bench bench-quick bench-attach bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -83,6 +83,9 @@ bench-store:  ## the mesh state at 200,000 workloads: memory, deltas, lookups
 
 bench-attach:  ## seconds for 100 attaches and one more, memory of the agent
 	@$(PY) -m tests.bench.attach
+
+bench-waypoint: setup  ## a waypoint beside nginx: requests/s, latency, CPU (needs wrk, nginx, h2load)
+	@$(PY) -m tests.waypoint.bench --output docs/performance/waypoint.md
 
 fresh-test:  ## demo and tests, twice each, in a minimal Debian 12 under systemd-nspawn
 	@tools/fresh-test
