@@ -130,9 +130,7 @@ def standing(bed: WaypointBed) -> list[Lane]:
     return [
         Lane("meshbpf", "HTTP/1.1", lambda: waypoint.pid, _wrk(bed, "n1a", service)),
         Lane("nginx", "HTTP/1.1", lambda: plain.pid, _wrk(bed, "n1x", f"{wp}:{NGINX_PORT}")),
-        Lane(
-            "meshbpf", "HTTP/2", lambda: waypoint.pid, _h2load(bed, "n1a", service)
-        ),
+        Lane("meshbpf", "HTTP/2", lambda: waypoint.pid, _h2load(bed, "n1a", service)),
         Lane("nginx", "HTTP/2", lambda: plain.pid, _h2load(bed, "n1x", f"{wp}:{NGINX_H2_PORT}")),
     ]
 

@@ -19,6 +19,7 @@ import random
 import resource
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
@@ -145,8 +146,8 @@ async def _main(
                 balancer = Balancer(rng)
                 dialer = Dialer(certificates, work)
                 pools = Pools(dialer, work, LIMITS)
-                calls = Calls(live, pools, dialer, balancer, work, LIMITS, trio.current_time)
-                proxy = Proxy(live, pools, balancer, calls, work, LIMITS, rng, trio.current_time)
+                calls = Calls(live, pools, dialer, balancer, work, LIMITS, time.monotonic)
+                proxy = Proxy(live, pools, balancer, calls, work, LIMITS, rng)
                 inbound = Inbound(proxy, certificates, work)
                 live.on_change(pools.evict)
                 live.on_change(balancer.keep_only)

@@ -87,11 +87,11 @@ class RequestRun:
         self._origin = exchange.request.headers.get("origin")
         self._body = BodySource(self._read_client, has_body=request.has_body)
 
-    async def run(self, scope: trio.CancelScope) -> None:
-        """From the client's head to the end of the answer. `scope` is cancelled with the client."""
+    async def run(self) -> None:
+        """From the client's head to the end of the answer; cancelled when the client leaves."""
         reply = await self._filters()
         if reply is None:
-            reply = await self._route(scope)
+            reply = await self._route()
         if reply is not None:
             await self.answer(reply)
 
@@ -140,11 +140,11 @@ class RequestRun:
 
     # --- the way to an endpoint -------------------------------------------------
 
-    async def _route(self, scope: trio.CancelScope) -> Reply | None:
+    async def _route(self) -> Reply | None:
         """Forward the request; what to answer when that is not to be, or not possible."""
         exchange, proxy = self._exchange, self._proxy
         if exchange.destination.service is None:
-            return await self._forward(None, scope)
+            return await self._forward(None)
         chosen = choose(self._port.routes_for(exchange.caller.namespace), exchange)
         if chosen is not None:
             for extension in chosen.rule.filters.extensions:
@@ -155,9 +155,9 @@ class RequestRun:
         decision = decide(chosen, exchange, proxy.rng)
         if isinstance(decision, Reply):
             return decision
-        return await self._forward(decision, scope)
+        return await self._forward(decision)
 
-    async def _forward(self, forward: Forward | None, scope: trio.CancelScope) -> Reply | None:
+    async def _forward(self, forward: Forward | None) -> Reply | None:
         timeout_s = 0.0 if forward is None else forward.rule.timeout_s
         body, announced = self._body, self._request.body_bytes
         limit = self._proxy.limits.replay_bytes
@@ -165,22 +165,25 @@ class RequestRun:
             await body.gather(limit)
         if forward is not None and forward.mirrors:
             self._mirror(forward)
-        with trio.CancelScope() as timed:
-            if timeout_s:
-                timed.deadline = trio.current_time() + timeout_s
-            if body.complete:
-                return await self._attempts(forward, None)
-            reply: Reply | None = None
-            async with trio.open_nursery() as nursery:
-                reply = await self._attempts(forward, nursery)
-                nursery.cancel_scope.cancel()
-            return reply
-        # Too late, unless the client has gone, which `scope` then has said.
+        if not timeout_s:
+            return await self._streamed(forward)
+        with trio.move_on_after(timeout_s):
+            return await self._streamed(forward)
         self._exchange.flags.append(Flag.UPSTREAM_TIMEOUT)
         if self._answering:
             self._request.abort()
             return None
         return _TOO_LATE
+
+    async def _streamed(self, forward: Forward | None) -> Reply | None:
+        """The attempts; beside them, the client's body where it is not complete yet."""
+        if self._body.complete:
+            return await self._attempts(forward, None)
+        reply: Reply | None = None
+        async with trio.open_nursery() as nursery:
+            reply = await self._attempts(forward, nursery)
+            nursery.cancel_scope.cancel()
+        return reply
 
     async def _attempts(
         self, forward: Forward | None, nursery: trio.Nursery | None
@@ -242,13 +245,15 @@ class RequestRun:
         """The answer itself counts against the endpoint."""
         try:
             try:
-                with trio.CancelScope() as timed:
-                    if rule.try_timeout_s:
-                        timed.deadline = trio.current_time() + rule.try_timeout_s
+                if rule.try_timeout_s:
+                    with trio.fail_after(rule.try_timeout_s):
+                        upstream = await self._acquire(choice, forward, fresh=fresh)
+                        head = await self._ask(upstream, nursery)
+                else:
                     upstream = await self._acquire(choice, forward, fresh=fresh)
                     head = await self._ask(upstream, nursery)
-                if timed.cancelled_caught:
-                    failure = Failure.TIMEOUT
+            except trio.TooSlowError:
+                failure = Failure.TIMEOUT
             except UnsentError:
                 failure = Failure.UNSENT
             except BrokenError:

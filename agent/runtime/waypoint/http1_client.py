@@ -8,6 +8,7 @@ import h11
 
 from meshbpf.agent.l7.message import Headers, RequestHead, ResponseHead
 from meshbpf.agent.runtime.waypoint.channel import BrokenError, Channel
+from meshbpf.agent.runtime.waypoint.h11_headers import checked
 from meshbpf.agent.runtime.waypoint.limits import Limits
 from meshbpf.agent.runtime.waypoint.message import FaultyPeerError, without_hops
 
@@ -54,7 +55,7 @@ class Http1Connection:
             event = h11.Request(
                 method=head.method.encode("ascii"),
                 target=head.path.encode("latin-1"),
-                headers=headers,
+                headers=checked(headers),
             )
             data = self._h11.send(event) or b""
             if not has_body:

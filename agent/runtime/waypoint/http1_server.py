@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
@@ -10,6 +11,7 @@ import trio
 
 from meshbpf.agent.l7.message import Headers, RequestHead, ResponseHead
 from meshbpf.agent.runtime.waypoint.channel import BrokenError, Channel
+from meshbpf.agent.runtime.waypoint.h11_headers import checked
 from meshbpf.agent.runtime.waypoint.limits import Limits
 from meshbpf.agent.runtime.waypoint.message import FaultyPeerError, without_hops
 
@@ -61,18 +63,11 @@ class Http1Request:
         self.aborted = False
         self.gone = False
         self._body_over = False
-        self._scope: trio.CancelScope | None = None
-
-    def cancel_when_gone(self, scope: trio.CancelScope) -> None:
-        """See ClientRequest."""
-        self._scope = scope
-        self._server.channel.watch_broken(self.give_up)
 
     def give_up(self) -> None:
         """See ClientRequest."""
         self.gone = True
-        if self._scope is not None:
-            self._scope.cancel()
+        self._server.scope.cancel()
 
     async def read_body(self) -> bytes:
         """See ClientRequest."""
@@ -99,7 +94,9 @@ class Http1Request:
         if self._server.closing:
             headers = [*headers, (b"connection", b"close")]
         event = h11.Response(
-            status_code=head.status, headers=headers, reason=_REASONS.get(head.status, b"")
+            status_code=head.status,
+            headers=checked(headers),
+            reason=_REASONS.get(head.status, b""),
         )
         data = self._server.serialize(event)
         if not has_body:
@@ -158,8 +155,12 @@ class Http1Server:
         self.closing = False
         """Say `connection: close` with the next answer."""
         self.switched = False
+        self.scope = trio.CancelScope()
+        """Of the whole connection: one for each request would cost it a tenth of its time."""
         self._handle = handle
         self._limits = limits
+        self._begun = False
+        """Some of a head has come, and not all."""
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_bytes)
 
     @property
@@ -183,8 +184,11 @@ class Http1Server:
         try:
             if received:
                 self._h11.receive_data(received)
-            while await self._one(bool(received)):
-                received = b""
+            with self.scope:
+                while await self._one(bool(received)):
+                    received = b""
+            if self.scope.cancelled_caught and self._begun:
+                raise FaultyPeerError("the request's head is not complete", 408)
         except BrokenError:
             return
         except (h11.RemoteProtocolError, FaultyPeerError) as error:
@@ -209,7 +213,11 @@ class Http1Server:
         if event is None:
             return False
         request = Http1Request(self, event)
-        await self._handle(request)
+        self.channel.watch_broken(request.give_up)
+        try:
+            await self._handle(request)
+        finally:
+            self.channel.watch_broken(None)
         if self.switched or not await request.finish():
             return False
         http = self._h11
@@ -221,24 +229,21 @@ class Http1Server:
         return False
 
     async def _next_head(self, begun: bool) -> h11.Request | None:
-        http = self._h11
+        """Wait for a head: idle at first, but from its first byte on it must get on."""
+        http, limits, scope = self._h11, self._limits, self.scope
         event = http.next_event()
         if event is h11.NEED_DATA:
-            limits = self._limits
-            begun = begun or bool(http.trailing_data[0])
-            with trio.CancelScope() as scope:
-                # Idle at first; from a head's first byte on it must get on.
-                scope.deadline = trio.current_time() + (limits.head_s if begun else limits.idle_s)
-                while event is h11.NEED_DATA:
-                    http.receive_data(await self.channel.receive())
-                    event = http.next_event()
-                    if not begun:
-                        begun = True
-                        scope.deadline = trio.current_time() + limits.head_s
-            if scope.cancelled_caught:
-                if begun:
-                    raise FaultyPeerError("the request's head is not complete", 408)
-                return None
+            self._begun = begun or bool(http.trailing_data[0])
+            wait_s = limits.head_s if self._begun else limits.idle_s
+            scope.deadline = trio.current_time() + wait_s
+            while event is h11.NEED_DATA:
+                http.receive_data(await self.channel.receive())
+                event = http.next_event()
+                if event is h11.NEED_DATA and not self._begun:
+                    self._begun = True
+                    scope.deadline = trio.current_time() + limits.head_s
+            scope.deadline = math.inf
+        self._begun = False
         return event if isinstance(event, h11.Request) else None
 
     async def _refuse(self, error: h11.RemoteProtocolError | FaultyPeerError) -> None:

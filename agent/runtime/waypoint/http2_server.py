@@ -43,20 +43,13 @@ class Http2Request:
         self.has_body = not stream.ended
         self.body_bytes = length
         self.gone = False
-        self._scope: trio.CancelScope | None = None
-
-    def cancel_when_gone(self, scope: trio.CancelScope) -> None:
-        """See ClientRequest."""
-        self._scope = scope
-        self._stream.on_gone = self.give_up
-        if self._stream.failure:
-            self.give_up()
+        self.scope = trio.CancelScope()
+        stream.on_gone = self.give_up
 
     def give_up(self) -> None:
         """See ClientRequest."""
         self.gone = True
-        if self._scope is not None:
-            self._scope.cancel()
+        self.scope.cancel()
 
     @property
     def trailers(self) -> Headers | None:
@@ -142,7 +135,8 @@ class Http2Server:
         # StreamEnded is delivered with the same bytes as a head without a body.
         request = Http2Request(stream, headers)
         try:
-            await self._handle(request)
+            with request.scope:
+                await self._handle(request)
         except BrokenError:
             return  # the client took it back, or is gone
         finally:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import trio
-
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.l7.message import Headers, RawHeaders, RequestHead, ResponseHead
 from meshbpf.agent.runtime.waypoint.channel import Channel
@@ -44,10 +42,6 @@ class ClientRequest(Protocol):
 
     gone: bool
     """The client has left before it was answered."""
-
-    def cancel_when_gone(self, scope: trio.CancelScope) -> None:
-        """Cancel `scope` when the client leaves."""
-        ...
 
     def give_up(self) -> None:
         """The client has been found to be gone."""

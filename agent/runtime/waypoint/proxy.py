@@ -88,12 +88,10 @@ class Proxy:
         plan, chain, port = self._planned(connection)
         run = RequestRun(self, exchange, request, chain, port)
         try:
-            with trio.CancelScope() as scope:
-                request.cancel_when_gone(scope)
-                if plan is None and connection.destination.service is not None:
-                    await run.answer(NOT_BOUND)
-                else:
-                    await run.run(scope)
+            if plan is None and connection.destination.service is not None:
+                await run.answer(NOT_BOUND)
+            else:
+                await run.run()
         except ClientGoneError:
             request.gone = True
         finally:
