@@ -159,6 +159,8 @@ class Http1Server:
         """Of the whole connection: one for each request would cost it a tenth of its time."""
         self._handle = handle
         self._limits = limits
+        self._fault: h11.RemoteProtocolError | None = None
+        """What was wrong with a client's body."""
         self._begun = False
         """Some of a head has come, and not all."""
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_bytes)
@@ -187,6 +189,8 @@ class Http1Server:
             with self.scope:
                 while await self._one(bool(received)):
                     received = b""
+            if self._fault is not None:
+                raise self._fault
             if self.scope.cancelled_caught and self._begun:
                 raise FaultyPeerError("the request's head is not complete", 408)
         except BrokenError:
@@ -198,13 +202,19 @@ class Http1Server:
                 self.channel.close()
 
     async def next_event(self) -> object:
-        """The next event that is no hunger."""
+        """The next event of a body that is no hunger. BrokenError, also for what is no HTTP."""
         http = self._h11
-        while (event := http.next_event()) is h11.NEED_DATA:
-            if http.they_are_waiting_for_100_continue:
-                go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-                await self.channel.send(http.send(go_on) or b"")
-            http.receive_data(await self.channel.receive())
+        try:
+            while (event := http.next_event()) is h11.NEED_DATA:
+                if http.they_are_waiting_for_100_continue:
+                    told = h11.InformationalResponse(
+                        status_code=100, headers=[], reason=b"Continue"
+                    )
+                    await self.channel.send(http.send(told) or b"")
+                http.receive_data(await self.channel.receive())
+        except h11.RemoteProtocolError as error:
+            self._fault = error
+            raise BrokenError(f"the client's body is no HTTP: {error}") from error
         return event
 
     async def _one(self, begun: bool) -> bool:
@@ -218,7 +228,7 @@ class Http1Server:
             await self._handle(request)
         finally:
             self.channel.watch_broken(None)
-        if self.switched or not await request.finish():
+        if self.switched or self._fault or not await request.finish():
             return False
         http = self._h11
         if http.our_state is h11.DONE and http.their_state is h11.DONE:
