@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.progs.program import eventually
+from tests.progs.program import Program, eventually
 from tests.unit.l7.wasm import filters
 from tests.waypoint.bed import WaypointBed, a_service, an_object, inside_connect, vip
 
@@ -63,6 +64,13 @@ def guarded(bed: WaypointBed) -> Iterator[WaypointBed]:
     )
     for name, code in (("add", filters.ADD_HEADER), ("spin", filters.SPIN)):
         (bed.directory / f"{name}.wasm").write_bytes(code)
+
+    (bed.directory / "jwks.json").write_text(jwks)
+    argv = [sys.executable, "-m", "tests.progs.outside", "--jwks", f"{bed.directory}/jwks.json"]
+    outside = Program(bed.directory, "outside", bed["n2x"].netns, argv)
+    bed.servers["outside"] = outside
+    outside.wait_event("ready")
+    apart = bed["n2x"].ipv4
 
     def module(name: str) -> str:
         return f"file://{bed.directory}/{name}.wasm"
@@ -147,6 +155,29 @@ def guarded(bed: WaypointBed) -> Iterator[WaypointBed]:
                 {"providers": [{"name": "collector"}], "randomSamplingPercentage": 100},
             ],
         ),
+        a_service("p-rpc", 69),
+        policy("ask-rpc", "p-rpc", action="CUSTOM", provider={"name": "rpc"}, rules=[{}]),
+        a_service("p-keys", 70),
+        policy(
+            "fetched",
+            "p-keys",
+            kind="RequestAuthentication",
+            jwtRules=[{"issuer": ISSUER, "jwksUri": f"http://{apart}:8000/jwks"}],
+        ),
+        a_service("p-away", 71),
+        policy(
+            "redirected",
+            "p-away",
+            kind="RequestAuthentication",
+            jwtRules=[{"issuer": ISSUER, "jwksUri": f"http://{apart}:8000/away"}],
+        ),
+        a_service("p-spans", 72),
+        policy(
+            "spans",
+            "p-spans",
+            kind="Telemetry",
+            tracing=[{"providers": [{"name": "rpc-collector"}], "randomSamplingPercentage": 100}],
+        ),
         mesh_config(
             f"""
             extensionProviders:
@@ -165,15 +196,22 @@ def guarded(bed: WaypointBed) -> Iterator[WaypointBed]:
                 service: {check}
                 port: 8080
                 http: {{path: /v1/traces}}
+            - name: rpc
+              envoyExtAuthzGrpc: {{service: {apart}, port: 9000}}
+            - name: rpc-collector
+              opentelemetry: {{service: {apart}, port: 9000}}
             """
         ),
     ]
+
+    def plugins_run() -> bool:
+        try:
+            return bed.get("p-wasm").status == 200
+        except OSError:
+            return False
+
     with bed.objects(*objects):
-        eventually(
-            "the plugins are compiled",
-            lambda: bed.get("p-wasm").status == 200,
-            20.0,
-        )
+        eventually("agents know the services, and the plugins are compiled", plugins_run, 20.0)
         yield bed
 
 
@@ -229,6 +267,25 @@ def test_an_authorizer_in_the_mesh_decides(guarded: WaypointBed) -> None:
     assert guarded.get("p-custom", "/200").status == 200
     assert guarded.get("p-custom", "/401").status == 401
     assert guarded.get("p-custom", "/503").status == 403
+
+
+def test_an_authorizer_that_speaks_grpc_decides(guarded: WaypointBed) -> None:
+    answer = guarded.get("p-rpc", "/yes", headers={"x-checked": "liar"})
+    assert answer.said["headers"]["x-checked"] == ["GET"]
+    assert answer.headers["x-by"] == "authorizer"
+    refused = guarded.get("p-rpc", "/no")
+    assert (refused.status, refused.body) == (402, b"pay first")
+    (said,) = guarded.servers["outside"].events("check", path="/no")
+    assert said["principal"] == guarded["n1a"].identity
+
+
+def test_keys_are_fetched_once_and_not_by_way_of_a_redirect(guarded: WaypointBed) -> None:
+    for _ in range(3):
+        assert guarded.get("p-keys", headers=bearer(token())).status == 200
+    assert guarded.get("p-keys", headers=bearer(token()[:-6] + "AAAAAA")).status == 401
+    assert guarded.get("p-away", headers=bearer(token())).status == 401
+    asked = [each["path"] for each in guarded.servers["outside"].events("get")]
+    assert asked == ["/jwks", "/away"]
 
 
 def test_a_plugin_edits_request_and_response(guarded: WaypointBed) -> None:
@@ -306,3 +363,13 @@ def test_the_next_one_learns_of_the_trace_and_a_collector_of_the_span(
         lambda: guarded.metric("meshbpf_waypoint_spans_exported_total") > before,
         10.0,
     )
+
+
+def test_a_collector_gets_the_span_of_a_request(guarded: WaypointBed) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    assert guarded.get("p-spans", "/traced", headers={"traceparent": parent}).status == 200
+    span = guarded.servers["outside"].wait_event("span", limit_s=10.0)
+    assert (span["trace"], span["parent"]) == (parent[3:35], parent[36:52])
+    assert span["name"] == "p-spans.apps.svc.cluster.local:80/*"
+    assert span["tags"]["http.status_code"] == "200"
+    assert span["tags"]["istio.source_namespace"] == "apps"

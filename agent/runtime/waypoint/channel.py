@@ -243,6 +243,10 @@ class SocketChannel:
 
     def close(self) -> None:
         """See Channel."""
+        if self._sock.fileno() != -1:
+            # A task may be reading: its wait must not outlive the number, which
+            # the next socket gets.
+            trio.lowlevel.notify_closing(self._sock)
         hang_up(self._sock, finished=all(self._ended))
 
     def watch_end(self, callback: Callable[[], None] | None) -> None:

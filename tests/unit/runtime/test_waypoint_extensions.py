@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from meshbpf.agent.l7.wasm.vm import Surroundings
 from meshbpf.agent.runtime.exposition import render
 from meshbpf.agent.runtime.waypoint.access_lines import AccessLines
 from meshbpf.agent.runtime.waypoint.calls import _guarded_address
+from meshbpf.agent.runtime.waypoint.channel import BrokenError, SocketChannel
 from meshbpf.agent.runtime.waypoint.request_families import plugin_families, request_families
 from meshbpf.agent.runtime.waypoint.span_export import BATCH_SPANS, QUEUE_SPANS, SpanExporter
 from meshbpf.agent.runtime.waypoint.wasm_modules import ModuleLoader
@@ -241,3 +243,29 @@ async def test_a_guarded_name_that_means_this_host_is_refused(host: str) -> None
 
 async def test_a_guarded_address_elsewhere_is_dialed() -> None:
     assert await _guarded_address("198.51.100.9", 80) == "198.51.100.9"
+
+
+async def test_a_reader_of_a_socket_that_is_closed_ends_and_the_next_socket_is_its_own() -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    channel = SocketChannel(ours)
+    number = ours.fileno()
+
+    async def read() -> None:
+        with pytest.raises(BrokenError):
+            await channel.receive()
+
+    with theirs:
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(read)
+                await trio.testing.wait_all_tasks_blocked()
+                channel.close()
+        # The kernel gives the lowest number that is free.
+        again, other = socket.socketpair()
+        with again, other:
+            assert number in (again.fileno(), other.fileno())
+            for each in (again, other):
+                each.setblocking(False)
+                with trio.move_on_after(0):
+                    await trio.lowlevel.wait_readable(each)
