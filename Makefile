@@ -3,10 +3,10 @@
 # not have make yet. Outside binaries are always named: make bench ZTUNNEL=PATH.
 SHELL := /bin/sh
 PY := .venv/bin/python
-export ZTUNNEL
+export ZTUNNEL ZTUNNEL_CA H2SPEC ISTIOCTL
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint types unit bpf netns containerd peers slow cni cni-test deb nspawn bench bench-quick bench-attach bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
+.PHONY: help ready setup demo test lint types unit bpf netns containerd peers interop slow cni cni-test deb nspawn bench bench-quick bench-attach bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,6 +44,9 @@ containerd:  ## pods that a real containerd makes, attached by name
 
 peers:  ## programs that are not ours against our HBONE (ZTUNNEL=PATH adds ztunnel)
 	@$(PY) -m pytest -m peer tests/peers
+
+interop:  ## meshbpf and ztunnel in one mesh, both ways (ZTUNNEL=PATH of a build with its test CA)
+	@$(PY) -m pytest -m "interop and not slow" tests/peers
 
 slow:  ## the long cases: gigabytes, thousands of streams, leak rounds
 	@$(PY) -m pytest -m slow tests

@@ -221,8 +221,10 @@ class HboneConnection:
 
     def reset(self, stream_id: int, error_code: ErrorCodes) -> None:
         """End a stream in both directions. Nothing happens when it has gone."""
-        if self._streams.pop(stream_id, None) is None:
-            return
+        if self._streams.pop(stream_id, None) is not None:
+            self._cut_off(stream_id, error_code)
+
+    def _cut_off(self, stream_id: int, error_code: ErrorCodes) -> None:
         self._cut[stream_id] = None
         if len(self._cut) > _CUT_REMEMBERED:
             del self._cut[next(iter(self._cut))]
@@ -296,6 +298,9 @@ class HboneConnection:
             # It was on its way when the stream ended: drop it, but keep the
             # connection's window whole.
             self.credit(piece.stream_id, piece.padding + len(piece.payload))
+            if piece.stream_id not in self._cut:
+                # No, the peer itself had ended it (RFC 9113, 5.1). Told once.
+                self._cut_off(piece.stream_id, ErrorCodes.STREAM_CLOSED)
             return False
         fault = None
         if stream.remote_ended:
@@ -369,6 +374,8 @@ class HboneConnection:
 
     def _on_go_away(self, frame: Frame) -> Iterator[Event]:
         payload = frame.payload
+        if frame.stream_id:
+            raise PeerError(ErrorCodes.PROTOCOL_ERROR, "GOAWAY of a stream")
         if len(payload) < 8:
             raise PeerError(ErrorCodes.FRAME_SIZE_ERROR, "GOAWAY is shorter than 8 bytes")
         last = int.from_bytes(payload[:4], "big") & 0x7FFFFFFF

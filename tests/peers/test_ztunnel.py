@@ -17,7 +17,7 @@ from tests.progs.pod import NAMESPACE, Family, Pod
 from tests.progs.sniffer import Sniffer
 from tests.testbed import MESHBPF, Testbed
 
-pytestmark = [pytest.mark.peer, pytest.mark.root, pytest.mark.netns]
+pytestmark = [pytest.mark.peer, pytest.mark.root, pytest.mark.netns, pytest.mark.interop]
 
 STREAM_BYTES = 32 << 20
 

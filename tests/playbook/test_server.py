@@ -234,6 +234,7 @@ def test_data_after_the_end_of_a_stream_resets_it(serving: Playbook) -> None:
         (Raw(b"\x00\x00\x02\x00\x08\x00\x00\x00\x01\x02x"), ErrorCodes.PROTOCOL_ERROR),
         (Raw(b"\x00\x00\x00\x00\x08\x00\x00\x00\x01"), ErrorCodes.FRAME_SIZE_ERROR),
         (Window(0, NO_LIMIT), ErrorCodes.FLOW_CONTROL_ERROR),
+        (Raw(b"\x00\x00\x08\x07\x00\x00\x00\x00\x01" + bytes(8)), ErrorCodes.PROTOCOL_ERROR),
         (Settings({SettingCodes.INITIAL_WINDOW_SIZE: 2**31}), ErrorCodes.FLOW_CONTROL_ERROR),
         (Raw(b"\x00\x00\x01\x01\x04\x00\x00\x00\x03\xff"), ErrorCodes.PROTOCOL_ERROR),
     ],
@@ -248,6 +249,7 @@ def test_data_after_the_end_of_a_stream_resets_it(serving: Playbook) -> None:
         "padding-longer-than-the-frame",
         "padded-and-empty",
         "connection-window-overflow",
+        "goaway-of-a-stream",
         "initial-window-overflow",
         "hpack-garbage",
     ],
@@ -393,6 +395,17 @@ def test_our_goaway_refuses_new_streams_only(serving: Playbook) -> None:
         << Reset(3, ErrorCodes.REFUSED_STREAM)
         >> Body(1, b"goes on")
         << Got(1, b"goes on")
+    )
+
+
+def test_data_on_a_stream_that_the_peer_had_reset_is_told_once(serving: Playbook) -> None:
+    assert (
+        serving
+        >> Reset(1, ErrorCodes.CANCEL)
+        << StreamReset(1, ErrorCodes.CANCEL, by_peer=True)
+        >> Body(1, b"still here")
+        << Reset(1, ErrorCodes.STREAM_CLOSED)
+        >> Body(1, b"and here")
     )
 
 
