@@ -35,6 +35,8 @@ from .tutils import (
     Window,
 )
 
+pytestmark = pytest.mark.compat
+
 MIB = 1024 * 1024
 REQUEST = connect_request(
     "198.18.0.2:8080",

@@ -36,6 +36,8 @@ from .tutils import (
     encode,
 )
 
+pytestmark = pytest.mark.compat
+
 MIB = 1024 * 1024
 CONNECT = ((b":method", b"CONNECT"), (b":authority", b"198.18.0.2:8080"))
 REQUEST = RequestReceived(1, b"CONNECT", b"198.18.0.2:8080", CONNECT, well_formed=True)

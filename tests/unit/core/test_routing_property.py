@@ -163,6 +163,7 @@ def hold_to_the_rules(pods: Pods, known: Known, target: SocketAddress, seed: int
         assert told(outbound(snapshot, pods[0], target, rng=rng, names=NAMES)) in allowed
 
 
+@pytest.mark.compat
 @meshes(200)
 @ANY_MESH
 def test_a_route_is_one_that_the_rules_allow(
@@ -180,6 +181,7 @@ def test_a_route_is_one_that_the_rules_allow_in_thousands_of_meshes(
     hold_to_the_rules(pods, known, target, seed)
 
 
+@pytest.mark.compat
 @meshes(50)
 @ANY_MESH
 def test_chance_brings_every_route_that_the_rules_allow(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from meshbpf.agent.core.address import unpacked
 from meshbpf.agent.core.steering import mesh_prefixes
 from meshbpf.agent.core.workload import NetworkMode
@@ -21,6 +23,7 @@ def texts(network: str | None = None) -> set[str]:
     return {str(unpacked(prefix)) for prefix in mesh_prefixes(MESH, network)}
 
 
+@pytest.mark.compat
 def test_members_guarded_workloads_and_virtual_addresses_enter() -> None:
     assert texts("") == {
         "10.0.0.1/32",
@@ -37,5 +40,6 @@ def test_without_a_network_those_of_all_enter() -> None:
     assert texts("far") == {"10.0.0.5/32", "10.9.0.9/32"}
 
 
+@pytest.mark.compat
 def test_outsiders_and_host_network_pods_stay_outside() -> None:
     assert not texts() & {"10.0.0.2/32", "10.0.0.4/32"}

@@ -17,6 +17,8 @@ from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import HealthStatus, NetworkMode
 from tests.unit.core.builders import ip, mesh, plain, pod, service, state
 
+pytestmark = pytest.mark.compat
+
 A = pod("a", "10.0.0.1", "fd00::1", services={"web.local": {80: 9000}}, hostname="a.pods")
 
 

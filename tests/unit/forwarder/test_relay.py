@@ -77,6 +77,7 @@ async def test_bytes_pass_unchanged_in_both_directions_at_once(pair) -> None:
     assert seen == {"up": hashlib.sha256(up).digest(), "down": hashlib.sha256(down).digest()}
 
 
+@pytest.mark.compat
 async def test_the_client_may_end_first_and_still_listen(pair) -> None:
     client, app = pair
     with trio.fail_after(5):
@@ -88,6 +89,7 @@ async def test_the_client_may_end_first_and_still_listen(pair) -> None:
         assert await read_all(client) == b"answer"
 
 
+@pytest.mark.compat
 async def test_the_app_may_end_first_and_still_listen(pair) -> None:
     client, app = pair
     with trio.fail_after(5):
@@ -138,6 +140,7 @@ async def test_an_end_with_bytes_still_unread_loses_none(pair) -> None:
         assert await read_all(client) == b""
 
 
+@pytest.mark.compat
 async def test_a_refused_dial_is_a_reset_for_the_client(rig: Rig) -> None:
     async with await rig.dial(HBONE_VIP) as client:  # no app listens
         await expect_reset(client)
@@ -165,6 +168,7 @@ async def test_a_reader_that_stops_holds_the_sender_and_no_memory(rig: Rig) -> N
                 got += len(await app.receive_some(MIB))
 
 
+@pytest.mark.compat
 async def test_a_slow_stream_does_not_stop_others_of_its_tunnel(rig: Rig) -> None:
     async with rig.listen() as listener, rig.joined(listener) as (slow_client, slow_app):
         with trio.move_on_after(1):
@@ -179,6 +183,7 @@ async def test_a_slow_stream_does_not_stop_others_of_its_tunnel(rig: Rig) -> Non
         await expect_reset(slow_app, within_s=5)
 
 
+@pytest.mark.compat
 async def test_the_record_shows_who_where_and_how_much(rig: Rig) -> None:
     async with rig.joined() as (client, app):
         await client.send_all(b"12345")

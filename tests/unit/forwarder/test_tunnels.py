@@ -37,6 +37,7 @@ async def settled(condition: Callable[[], bool], within_s: float = 2.0) -> None:
             await trio.sleep(0.01)
 
 
+@pytest.mark.compat
 async def test_connections_of_one_pod_share_a_tunnel(rig: Rig) -> None:
     async with rig.listen() as listener:
         for _ in range(5):
@@ -45,6 +46,7 @@ async def test_connections_of_one_pod_share_a_tunnel(rig: Rig) -> None:
     assert (pool.tunnels, pool.dialed, pool.reused) == (1, 1, 4)
 
 
+@pytest.mark.compat
 async def test_another_source_address_has_its_own_tunnel(rig: Rig) -> None:
     async with (
         rig.listen() as listener,
@@ -56,6 +58,7 @@ async def test_another_source_address_has_its_own_tunnel(rig: Rig) -> None:
         assert rig.client.pod.pool.statistics().dialed == 2
 
 
+@pytest.mark.compat
 async def test_many_at_once_wait_for_one_dial_and_a_hundred_share_it(rig: Rig) -> None:
     async with rig.listen(backlog=300) as listener, AsyncExitStack() as stack:
         async with trio.open_nursery() as nursery:
@@ -74,6 +77,7 @@ async def test_many_at_once_wait_for_one_dial_and_a_hundred_share_it(rig: Rig) -
     await settled(lambda: _tunnels() == 2)
 
 
+@pytest.mark.compat
 async def test_a_failed_dial_fails_all_who_waited_for_it(rig: Rig) -> None:
     rig.server.scope.cancel()
     await rig.server.ended.wait()
@@ -85,6 +89,7 @@ async def test_a_failed_dial_fails_all_who_waited_for_it(rig: Rig) -> None:
             await expect_reset(client)
 
 
+@pytest.mark.compat
 async def test_an_idle_tunnel_is_closed_and_a_busy_one_is_not(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +104,7 @@ async def test_an_idle_tunnel_is_closed_and_a_busy_one_is_not(
         await exchange(rig, listener)
 
 
+@pytest.mark.compat
 async def test_a_peer_that_falls_silent_ends_the_tunnel(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +124,7 @@ async def test_a_peer_that_falls_silent_ends_the_tunnel(
         await expect_reset(client, within_s=10)
 
 
+@pytest.mark.compat
 async def test_a_tunnel_that_died_unnoticed_costs_no_connection(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +201,7 @@ async def test_running_out_of_descriptors_delays_and_breaks_nothing(rig: Rig) ->
         await exchange(rig, listener)
 
 
+@pytest.mark.compat
 async def test_garbage_at_the_hbone_port_ends_only_itself(rig: Rig) -> None:
     async with rig.joined() as (client, app):
         for garbage in (

@@ -17,6 +17,8 @@ from meshbpf.agent.wire.headers import (
     traceparent,
 )
 
+pytestmark = pytest.mark.compat
+
 
 def test_baggage_has_istios_members_in_istios_order() -> None:
     workload = Workload(

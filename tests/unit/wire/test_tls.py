@@ -19,6 +19,8 @@ from meshbpf.agent.wire.errors import TlsError
 from meshbpf.agent.wire.tls import Expectation, WorkloadTls, workload_tls
 from meshbpf.agent.wire.tls_channel import TlsChannel
 
+pytestmark = pytest.mark.compat
+
 NOW = datetime.now(UTC)
 WEB = SpiffeId("cluster.local", "web", "web")
 DB = SpiffeId("cluster.local", "db", "db")
