@@ -22,8 +22,8 @@ from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import STEER_MARK, OnAgentDown, PodSteering, Role
-from meshbpf.agent.runtime.attachments import Attachment
 from meshbpf.agent.runtime import native
+from meshbpf.agent.runtime.attachments import Attachment
 from meshbpf.agent.runtime.sockets import family_of, prepare
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
