@@ -220,6 +220,10 @@ class Tunnel:
         """Act on received plaintext that the engine left to us."""
         self._guarded(self._act, plaintext)
 
+    def peer_ended(self, stream_id: int) -> None:
+        """The engine read the last DATA of a stream."""
+        self._guarded(self._peer_ended, stream_id)
+
     def tls_failed(self, result: int) -> None:
         """An OpenSSL function returned `result` to the engine."""
         self._guarded(self._channel.failed, result)
@@ -414,6 +418,10 @@ class Tunnel:
 
     def _act(self, plaintext: memoryview) -> None:
         for event in self._wire.receive(plaintext):
+            self._on_event(event)
+
+    def _peer_ended(self, stream_id: int) -> None:
+        for event in self._wire.peer_ended(stream_id):
             self._on_event(event)
 
     def _on_event(self, event: Event) -> None:

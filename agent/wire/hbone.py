@@ -259,6 +259,12 @@ class HboneConnection:
 
     # --- receiving --------------------------------------------------------
 
+    def peer_ended(self, stream_id: int) -> list[Event]:
+        """The last DATA frame of a stream was read by somebody else (the relay in C)."""
+        events: list[Event] = []
+        self._on_stream_ended(stream_id, events)
+        return events
+
     def receive(self, data: memoryview) -> list[Event]:
         """Act on received plaintext. Views in events point into `data`.
 

@@ -9,7 +9,7 @@ PyObject *n_available, *n_uncredited, *n_batch, *n_total, *n_in_data, *n_payload
 	*n_pad_length_due, *n_announced, *n_ends_stream, *n_data_stream, *n_partial, *n_skip, *n_preface,
 	*n_block_stream, *n_first, *n_failure, *n_local_ended, *n_remote_ended, *n_readable, *n_app_ended, *n_heard, *n_sock_ended,
 	*n_ending, *n_closed, *n_max_frame_bytes, *n_act, *n_queue, *n_settle, *n_app_failed, *n_on_data,
-	*n_pass_turn, *n_credit, *n_turn_due, *n_tls_failed, *n_broken, *n_read_turn;
+	*n_pass_turn, *n_credit, *n_turn_due, *n_tls_failed, *n_broken, *n_peer_ended, *n_read_turn;
 
 static const struct {
 	PyObject **where;
@@ -55,6 +55,7 @@ static const struct {
 	{&n_credit, "credit"},
 	{&n_tls_failed, "tls_failed"},
 	{&n_broken, "broken"},
+	{&n_peer_ended, "peer_ended"},
 	{&n_read_turn, "_turn_to_read"},
 };
 

@@ -33,7 +33,7 @@ static int open_still(struct stream *s, PyObject *ended)
 
 int stream_takes(struct stream *s)
 {
-	if (PyByteArray_GET_SIZE(s->pending))
+	if (s->fd < 0 || PyByteArray_GET_SIZE(s->pending))
 		return 0;
 	return open_still(s, n_remote_ended);
 }

@@ -7,7 +7,10 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-enum { WANT_READ = 2 }; // SSL_ERROR_WANT_READ, openssl/ssl.h
+enum {
+	WANT_READ = 2,  // SSL_ERROR_WANT_READ, openssl/ssl.h
+	END_STREAM = 1, // RFC 9113, section 6.1
+};
 
 int tunnel_write(struct tunnel *t, const void *from, int size)
 {
@@ -91,6 +94,12 @@ static int deliver(struct gathered *g)
 	return result;
 }
 
+// The peer's last frame of a stream was read: what it holds goes to the app, then its end.
+static int finish(struct tunnel *t, struct gathered *g, long long id)
+{
+	return deliver(g) || call(t->engine, t->tunnel, n_peer_ended, PyLong_FromLongLong(id)) ? -1 : 0;
+}
+
 // Where the splitter stands: 1 between frames, 2 inside plain DATA, 0 anywhere else.
 static int position(struct tunnel *t, long long *left, long long *stream_id)
 {
@@ -147,16 +156,20 @@ static int process(struct tunnel *t, unsigned char *data, size_t size)
 		return where < 0 ? -1 : act(t, data, size);
 	struct gathered g = {0};
 	size_t at = 0;
-	int inside = where == 2, was_inside = inside, failed = 0;
+	int inside = where == 2, was_inside = inside, ends = 0, failed = 0;
 	while (at < size) {
 		if (!g.stream || g.stream->id != id || !inside) {
 			unsigned char *head = data + at;
 			if (!inside) {
-				if (size - at < FRAME_HEADER_BYTES || head[3] || head[4])
+				if (size - at < FRAME_HEADER_BYTES || head[3] || head[4] & ~END_STREAM)
 					break;
 				left = head[0] << 16 | head[1] << 8 | head[2];
+				ends = head[4] & END_STREAM;
 				long long next = (long long)(head[5] & 0x7f) << 24 | head[6] << 16 | head[7] << 8 | head[8];
-				if (!left || left > MAX_FRAME_BYTES)
+				if (left > MAX_FRAME_BYTES)
+					break;
+				// A frame that ends its stream is ours when it is all here.
+				if (ends ? left > (long long)(size - at) - FRAME_HEADER_BYTES : !left)
 					break;
 				if (next != id && (failed = deliver(&g)))
 					break;
@@ -167,16 +180,21 @@ static int process(struct tunnel *t, unsigned char *data, size_t size)
 				break;
 			}
 			if (!inside) {
-				int admitted = admit(g.stream, left);
+				int admitted = left ? admit(g.stream, left) : 1;
 				if (admitted <= 0) {
 					failed = admitted < 0;
 					break;
 				}
 				at += FRAME_HEADER_BYTES;
-				inside = 1;
-				if (at == size)
+				inside = left > 0;
+				if (inside && at == size)
 					break;
 			}
+		}
+		if (!left) {
+			if ((failed = finish(t, &g, id)))
+				break;
+			continue;
 		}
 		size_t step = (size_t)left < size - at ? (size_t)left : size - at;
 		g.pieces[g.count++] = (struct iovec){data + at, step};
@@ -184,8 +202,12 @@ static int process(struct tunnel *t, unsigned char *data, size_t size)
 		at += step;
 		left -= step;
 		inside = left > 0;
-		if (g.count == GATHER_LIMIT && (failed = deliver(&g)))
+		if (!inside && ends) {
+			if ((failed = finish(t, &g, id)))
+				break;
+		} else if (g.count == GATHER_LIMIT && (failed = deliver(&g))) {
 			break;
+		}
 	}
 	if (!failed)
 		failed = deliver(&g);
