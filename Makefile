@@ -87,7 +87,7 @@ bench-store:  ## the mesh state at 200,000 workloads: memory, deltas, lookups
 bench-attach:  ## seconds for 100 attaches and one more, memory of the agent
 	@$(PY) -m tests.bench.attach
 
-bench-waypoint: setup  ## a waypoint beside nginx: requests/s, latency, CPU (needs wrk, nginx, h2load)
+bench-waypoint: ready  ## a waypoint beside nginx: requests/s, latency, CPU (needs wrk, nginx, h2load)
 	@$(PY) -m tests.waypoint.bench --output docs/performance/waypoint.md
 
 fresh-test:  ## demo and tests, twice each, in a minimal Debian 12 under systemd-nspawn

@@ -369,7 +369,9 @@ class ExplainStep(Result, frozen=True):
     """One decision on a connection's way."""
 
     stage: str
-    """`source`, `destination`, `capture`, `service`, `route`, `tunnel`, `inbound` or `policy`."""
+    """`source`, `destination`, `capture`, `service`, `route`, `tunnel`, `inbound`, `policy`; at a
+    waypoint `waypoint`, `filter`, `rule`, `backend`, `answer` or `problem`.
+    """
     what: str
     why: str
 
@@ -395,6 +397,10 @@ class ExplainRequest(Request[ExplainResult], frozen=True):
     """NS/NAME or an address."""
     destination: str
     """IP[:PORT], NS/NAME[:PORT] or HOST[:PORT]."""
+    method: str = "GET"
+    """Of the request that a waypoint would see on the connection; path and headers likewise."""
+    path: str = "/"
+    headers: dict[str, str] = {}
 
 
 # --- logs -------------------------------------------------------------------

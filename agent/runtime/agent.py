@@ -110,7 +110,14 @@ class Agent:
         cni.handle(CniRequest, self._cni.handle)
         self._register_verbs()
         self.monitoring = Monitoring(self._monitored(), nursery)
-        Explaining(control, settings, self._mesh.current, self._all_pods, lambda: self._steering)
+        Explaining(
+            control,
+            settings,
+            self._mesh.current,
+            self._all_pods,
+            lambda: self._steering,
+            lambda: self._source.objects,
+        )
 
     # --- life ---------------------------------------------------------------
 

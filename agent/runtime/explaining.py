@@ -13,8 +13,11 @@ from meshbpf.agent import api
 from meshbpf.agent.config import Settings
 from meshbpf.agent.core.address import SocketAddress
 from meshbpf.agent.core.explain import Outcome, Step, explain, target_of, workload_of
+from meshbpf.agent.core.objects import ObjectSet
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.datapath.steering import Steering
+from meshbpf.agent.l7.explain import explain_request
+from meshbpf.agent.l7.message import Headers, RequestHead
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.mesh_view import MeshView
 from meshbpf.agent.runtime.pod import Pod
@@ -30,7 +33,9 @@ class Explaining:
         mesh: MeshView,
         pods: Callable[[], Iterable[Pod]],
         steering: Callable[[], Steering | None],
+        objects: Callable[[], ObjectSet | None],
     ) -> None:
+        self._objects = objects
         self._settings = settings
         self._mesh = mesh
         self._pods = pods
@@ -55,6 +60,11 @@ class Explaining:
                 steps.append(Step("capture", "handed to the agent", f"{target.ip} is in the mesh"))
             outcome, more = explain(mesh, source, target, self._rng)
             steps += more
+            objects = self._objects()
+            if objects is not None:
+                head = _head(request, target)
+                domain = self._settings.cluster_domain
+                steps += explain_request(objects, mesh, source, target, head, self._rng, domain)
         return api.ExplainResult(
             source=source.uid,
             destination=str(target),
@@ -77,6 +87,17 @@ class Explaining:
         if not steering.in_mesh(target.ip):
             return f"{target.ip} is not in the mesh, by the kernel's map"
         return None
+
+
+def _head(request: api.ExplainRequest, target: SocketAddress) -> RequestHead:
+    """The request that was asked about."""
+    fields = Headers(
+        (name.lower().encode("latin-1", "replace"), value.encode("latin-1", "replace"))
+        for name, value in request.headers.items()
+    )
+    authority = fields.get("host") or str(target)
+    fields.remove("host")
+    return RequestHead(request.method.upper(), request.path, authority, fields)
 
 
 def _is(pod: Pod, workload: Workload) -> bool:

@@ -6,6 +6,7 @@ import click
 
 from meshbpf.agent.api import ExplainRequest, ExplainResult
 from meshbpf.cli.client import ask
+from meshbpf.cli.failure import CommandUsageError
 from meshbpf.cli.options import Session, common_options, pass_session
 from meshbpf.cli.output import emit
 from meshbpf.cli.table import line
@@ -22,18 +23,52 @@ _OUTCOMES = {
 @click.command("explain", short_help="Say which way a connection takes, and why.")
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST[:PORT]")
+@click.option("--method", default="GET", show_default=True, help="Of a request to a waypoint.")
+@click.option("--path", default="/", show_default=True, help="Its path, with the query.")
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="NAME:VALUE",
+    help="A header of it; may be repeated.",
+)
 @common_options
 @pass_session
-def command(session: Session, source: str, destination: str) -> None:
+def command(
+    session: Session,
+    source: str,
+    destination: str,
+    method: str,
+    path: str,
+    headers: tuple[str, ...],
+) -> None:
     """Say which way a connection from SRC to DST takes, and why.
 
     SRC is NS/NAME or an address of a workload. DST is an address, a pod (NS/NAME) or a
     host name as SRC would write it. The agent answers from the mesh state in force, by the
     functions that decide real connections, and for its own pods from the kernel's maps. Of
-    several endpoints it draws one, as a connection does.
+    several endpoints it draws one, as a connection does. Where the connection goes through a
+    waypoint, and the agent knows its routes (--manifests), the request of --method, --path
+    and --header is followed: which filters speak, which rule matches, which backend is asked.
     """
-    result = ask(session, ExplainRequest(source=source, destination=destination))
+    request = ExplainRequest(
+        source=source,
+        destination=destination,
+        method=method,
+        path=path,
+        headers=dict(map(_header, headers)),
+    )
+    result = ask(session, request)
     emit(session.output, "Explain", result, lambda: view(result))
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip():
+        raise CommandUsageError(
+            "bad-header", f"--header {text!r} has no name", "write --header NAME:VALUE"
+        )
+    return name.strip(), value.strip()
 
 
 def view(result: ExplainResult) -> str:

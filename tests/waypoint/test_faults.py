@@ -504,3 +504,25 @@ def test_requests_on_one_connection_go_by_the_newest_plan(bed: WaypointBed) -> N
         conn.request("GET", "/", headers={"Host": "echo"})
         assert read(conn).name == "echo-v2"
     conn.close()
+
+
+def test_explain_names_the_rule_the_policy_and_the_backend(bed: WaypointBed) -> None:
+    spec = {
+        "targetRefs": [{"group": "", "kind": "Service", "name": "echo-v3"}],
+        "action": "DENY",
+        "rules": [{"to": [{"operation": {"paths": ["/admin"]}}]}],
+    }
+    policy = an_object("AuthorizationPolicy", "no-admin", group="security.istio.io", spec=spec)
+    rule = to("echo-v2", port=80, matches=[{"headers": [{"name": "x-who", "value": "me"}]}])
+    with bed.objects(policy, route("told", rule, parent="echo-v3")):
+        bed.wait_mesh()
+        asked = (bed["n1a"].key, f"{vip('echo-v3')}:80", "--path", "/admin")
+        said = bed.agents[1].cli("explain", *asked, "--header", "X-Who: me").stdout
+        assert "apps/waypoint" in said
+        assert "denied" in said, said
+        assert "apps/no-admin" in said, said
+        assert "HTTPRoute apps/told, rule 0" in said
+        assert "apps/echo-v2.apps.svc.cluster.local:80" in said
+        assert "none: answered 404" in bed.agents[1].cli("explain", *asked).stdout
+        assert bed.get("echo-v3", "/admin", headers={"X-Who": "me"}).status == 403
+        assert bed.get("echo-v3", "/shop").status == 404
