@@ -24,7 +24,6 @@ from meshbpf.agent.core.policy import (
     Authorization,
     Clause,
     Match,
-    MatchKind,
     PolicyAction,
     PolicyScope,
     Rule,
@@ -267,14 +266,7 @@ def _listed(fields: Mapping[str, Value], key: str, reader: Callable[[Value], T])
 
 
 def _string(item: Value) -> StringMatch:
-    text = item.text()
-    if text == "*":
-        return StringMatch(MatchKind.PRESENCE)
-    if text.startswith("*"):
-        return StringMatch(MatchKind.SUFFIX, text[1:])
-    if text.endswith("*"):
-        return StringMatch(MatchKind.PREFIX, text[:-1])
-    return StringMatch(MatchKind.EXACT, text)
+    return StringMatch.read(item.text())
 
 
 def _port(item: Value) -> int:

@@ -45,6 +45,20 @@ class StringMatch:
     kind: MatchKind
     value: str = ""
 
+    @classmethod
+    def read(cls, text: str) -> StringMatch:
+        """As Istio's objects write it: `*`, `*suffix`, `prefix*`, else exact.
+
+        A leading `*` counts before a trailing one.
+        """
+        if text == "*":
+            return cls(MatchKind.PRESENCE)
+        if text.startswith("*"):
+            return cls(MatchKind.SUFFIX, text[1:])
+        if text.endswith("*"):
+            return cls(MatchKind.PREFIX, text[:-1])
+        return cls(MatchKind.EXACT, text)
+
     def matches(self, text: str) -> bool:
         """Whether `text` passes."""
         match self.kind:

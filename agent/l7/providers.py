@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from meshbpf.agent.core.address import AddressError
 from meshbpf.agent.core.authority import Authority, parse_authority
 from meshbpf.agent.core.policy import StringMatch
-from meshbpf.agent.l7.authz.patterns import text_pattern
 from meshbpf.agent.l7.durations import duration_s
 from meshbpf.agent.l7.spec import Value
 
@@ -173,7 +172,7 @@ def _patterns(value: Value | None) -> tuple[StringMatch, ...]:
     for item in value.items() if value is not None else ():
         if item.text() == "*":
             raise item.error("a bare * is not supported: name a prefix or a suffix")
-        found.append(text_pattern(item.text().lower()))
+        found.append(StringMatch.read(item.text().lower()))
     return tuple(found)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
 from jwt.algorithms import get_default_algorithms
 
 FRESH_S = 20 * 60.0  # Istio's PILOT_JWT_PUB_KEY_REFRESH_INTERVAL
@@ -31,6 +32,15 @@ _BY_KIND = {
 ALGORITHMS = frozenset().union(*_BY_KIND.values(), ("ES256", "ES384", "ES512"))
 _PRIVATE = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth"})
 _ALGORITHMS = get_default_algorithms()
+# What PyJWT lets out for members that are missing, of another type, or no point of the curve.
+_UNUSABLE = (
+    jwt.PyJWTError,
+    UnsupportedAlgorithm,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +83,7 @@ def _key(entry: Mapping[str, Any]) -> VerifyingKey | None:
         return None
     try:
         made = jwt.PyJWK({name: value for name, value in entry.items() if name not in _PRIVATE})
-    except (jwt.PyJWTError, ValueError, TypeError):
+    except _UNUSABLE:
         return None
     able = _BY_KIND.get(str(entry.get("kty")), frozenset({made.algorithm_name}))
     if "alg" in entry:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from meshbpf.agent.core.objects import KubeObject
-from meshbpf.agent.core.policy import ServiceAccountMatch
+from meshbpf.agent.core.policy import ServiceAccountMatch, StringMatch
 from meshbpf.agent.l7.attachment import TARGET_FIELDS, Target, read_targets
-from meshbpf.agent.l7.authz.patterns import Glob, path_pattern, request_principal, text_pattern
+from meshbpf.agent.l7.authz.patterns import Glob, path_pattern, request_principal
 from meshbpf.agent.l7.authz.policy import (
     Action,
     Attribute,
@@ -209,11 +209,11 @@ def _patterns(values: Value | None, attribute: Attribute) -> tuple[Pattern, ...]
 
 
 def _text(value: Value) -> Pattern:
-    return text_pattern(value.text())
+    return StringMatch.read(value.text())
 
 
 def _host(value: Value) -> Pattern:
-    return text_pattern(value.text().lower())
+    return StringMatch.read(value.text().lower())
 
 
 def _port(value: Value) -> Pattern:

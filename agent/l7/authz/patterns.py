@@ -19,17 +19,6 @@ ANY_SEGMENTS = "{**}"
 _LITERAL = re.compile(r"[a-zA-Z0-9\-._~%!$&'()+,;:@=]+")
 
 
-def text_pattern(value: str) -> StringMatch:
-    """The pattern that Istio reads in a text; a leading `*` counts before a trailing one."""
-    if value == "*":
-        return StringMatch(MatchKind.PRESENCE)
-    if value.startswith("*"):
-        return StringMatch(MatchKind.SUFFIX, value[1:])
-    if value.endswith("*"):
-        return StringMatch(MatchKind.PREFIX, value[:-1])
-    return StringMatch(MatchKind.EXACT, value)
-
-
 @dataclass(frozen=True, slots=True)
 class Glob:
     """A text with `*` anywhere: namespaces and trust domains.
@@ -81,7 +70,7 @@ def path_pattern(value: str) -> StringMatch | PathTemplate:
         return PathTemplate(value)
     if "{" in value or "}" in value:
         raise ValueError(f"braces stand only in {ONE_SEGMENT} and {ANY_SEGMENTS}")
-    return text_pattern(value)
+    return StringMatch.read(value)
 
 
 @dataclass(frozen=True, slots=True)
