@@ -6,10 +6,12 @@ A TCP connection is not told of here: the opaque path has its own counters.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meshbpf.agent.core.traffic import UNKNOWN
+from meshbpf.agent.l7.authz.filter import AUDITED, REHEARSED
 from meshbpf.agent.l7.exchange import Exchange
 from meshbpf.agent.l7.filter import CONTINUE, Filter, Outcome, Phase
 from meshbpf.agent.l7.providers import OtlpTracing
@@ -34,6 +36,8 @@ class Sinks:
     export_span: Callable[[OtlpTracing, Span], None] = lambda _provider, _span: None
     """Must not wait."""
     rng: random.Random = field(default_factory=random.Random)
+    policies: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By policy and what it would have done, or that it noticed: dry-run and AUDIT."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,8 @@ class TelemetryFilter(Filter):
             bundle.record(exchange)
         else:
             self._shaped(exchange, dict(zip(LABELS, bundle.labels, strict=True)))
+        if REHEARSED in exchange.attributes or AUDITED in exchange.attributes:
+            self._policies(exchange)
         for log in self._logs:
             if log.wanted is None or log.wanted(exchange) is True:
                 self._sinks.write_line(log.path, log.line(exchange))
@@ -115,6 +121,15 @@ class TelemetryFilter(Filter):
         labels = dict(zip(LABELS, bundle.labels, strict=True))
         span = _span(exchange, context, tracing, labels)
         self._sinks.export_span(tracing.provider, span)
+
+    def _policies(self, exchange: Exchange) -> None:
+        """Count what policies in dry-run would have done, and what AUDIT policies noticed."""
+        counts = self._sinks.policies
+        for note in exchange.attributes.get(REHEARSED, ()):
+            policy, _, effect = note.partition(" ")
+            counts[policy, effect] += 1
+        for policy in exchange.attributes.get(AUDITED, ()):
+            counts[policy, "audited"] += 1
 
     def _shaped(self, exchange: Exchange, standard: Mapping[str, str]) -> None:
         values = {
@@ -168,6 +183,8 @@ def _span(
             tags[f"istio.{end}_canonical_service"] = labels[f"{end}_canonical_service"]
             tags[f"istio.{end}_canonical_revision"] = labels[f"{end}_canonical_revision"]
             tags[f"istio.{end}_cluster_id"] = labels[f"{end}_cluster"]
+    if notes := exchange.attributes.get(REHEARSED):
+        tags["istio.authorization.dry_run"] = "; ".join(notes)
     for name, read in tracing.rules.tags:
         tags[name] = str(read(exchange) or "")[:_MAX_VALUE_CHARS]
     return Span(

@@ -19,7 +19,11 @@ from meshbpf.agent.l7.wasm.source import PLUGINS, plugins_in
 from meshbpf.agent.runtime.exposition import Family, Kind, single
 from meshbpf.agent.runtime.waypoint.access_lines import AccessLines
 from meshbpf.agent.runtime.waypoint.calls import Calls
-from meshbpf.agent.runtime.waypoint.request_families import plugin_families, request_families
+from meshbpf.agent.runtime.waypoint.request_families import (
+    plugin_families,
+    policy_families,
+    request_families,
+)
 from meshbpf.agent.runtime.waypoint.span_export import SpanExporter
 
 try:
@@ -65,6 +69,7 @@ class Extensions:
     def families(self) -> Iterator[Family]:
         """For the metrics page."""
         yield from request_families(self.sinks.metrics)
+        yield from policy_families(self.sinks.policies)
         exported = self.spans.statistics
         lines = self.lines.statistics().values()
         counters = {

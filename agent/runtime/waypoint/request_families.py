@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from meshbpf.agent.l7.telemetry.request_metrics import (
     BUCKETS,
@@ -40,6 +40,16 @@ def request_families(metrics: RequestMetrics) -> Iterator[Family]:
         "Requests counted without labels because there were too many series",
         Kind.COUNTER,
         metrics.overflowed,
+    )
+
+
+def policy_families(counts: Mapping[tuple[str, str], int]) -> Iterator[Family]:
+    """What policies in dry-run would have done, and AUDIT policies noticed."""
+    yield Family(
+        "meshbpf_waypoint_policy_notes",
+        "Requests that policies in dry-run would have answered, or AUDIT policies noticed",
+        Kind.COUNTER,
+        [(label_text(("policy", "effect"), key), count) for key, count in sorted(counts.items())],
     )
 
 

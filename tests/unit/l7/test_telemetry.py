@@ -29,6 +29,8 @@ from meshbpf.agent.l7.telemetry.request_metrics import (
 )
 from meshbpf.agent.l7.telemetry.source import SINKS, telemetry
 from meshbpf.agent.l7.telemetry.trace import Span, begin_span, propagate, read_parent
+from meshbpf.agent.runtime.exposition import render
+from meshbpf.agent.runtime.waypoint.request_families import policy_families
 from tests.unit.l7.samples import ECHO, a_connection, a_scope, an_exchange, an_object
 
 WEB = Workload(
@@ -526,3 +528,21 @@ def test_identity_decides_security_policy(told: Told) -> None:
     found = labels(told.samples(Metric.REQUEST_COUNT)[0])
     assert found["connection_security_policy"] == "none"
     assert found["source_principal"] == "unknown"
+
+
+def test_dry_run_and_audit_are_counted_by_policy_and_effect(told: Told) -> None:
+    exchange = done()
+    exchange.attributes |= {
+        "authz.dry_run": ("shop/p would deny", "shop/q would allow"),
+        "authz.audited": ("shop/a",),
+    }
+    told.run(told.chain(mesh(), rule(tracing=[TRACED])), exchange, done())
+    assert told.sinks.policies == {
+        ("shop/p", "would deny"): 1,
+        ("shop/q", "would allow"): 1,
+        ("shop/a", "audited"): 1,
+    }
+    tags = dict(told.spans[0][1].tags)
+    assert tags["istio.authorization.dry_run"] == "shop/p would deny; shop/q would allow"
+    page = "".join(render(each, openmetrics=False) for each in policy_families(told.sinks.policies))
+    assert 'meshbpf_waypoint_policy_notes_total{policy="shop/p",effect="would deny"} 1' in page
