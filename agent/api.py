@@ -18,9 +18,15 @@ accept them (a CLI may talk to a newer agent).
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
+
+from meshbpf.agent.api_envelope import ErrorBody as ErrorBody
+from meshbpf.agent.api_envelope import ReplyEnvelope as ReplyEnvelope
+from meshbpf.agent.api_envelope import Request as Request
+from meshbpf.agent.api_envelope import RequestEnvelope as RequestEnvelope
+from meshbpf.agent.api_envelope import Result as Result
 
 API_VERSION = "meshbpf/v1"
 CONTROL_SOCKET = "control.sock"
@@ -35,45 +41,6 @@ OnAgentDownName = Literal["closed", "open"]
 SameNodeName = Literal["kernel", "hbone"]
 CertState = Literal["pending", "valid", "renewing", "failed", "expired"]
 """`renewing`: valid, but the newest attempt to renew it failed."""
-R = TypeVar("R")
-
-
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of what an agent answers."""
-
-
-class Request(msgspec.Struct, Generic[R], frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of what a client asks; `R` is the type of the answer."""
-
-    VERB: ClassVar[str]
-    RESULT: ClassVar[type[Result]]
-
-
-# --- envelope ---------------------------------------------------------------
-
-
-class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    """A MeshbpfError on the wire."""
-
-    code: str
-    what: str
-    hint: str = ""
-    exit_status: int = 1
-
-
-class RequestEnvelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One request line."""
-
-    verb: str
-    args: msgspec.Raw = msgspec.Raw(b"{}")
-
-
-class ReplyEnvelope(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One reply line: `result` when `ok`, else `error`."""
-
-    ok: bool
-    result: msgspec.Raw = msgspec.Raw(b"")
-    error: ErrorBody | None = None
 
 
 # --- status -----------------------------------------------------------------
@@ -128,6 +95,15 @@ class HeartbeatInfo(Result, frozen=True):
     """Age of the event loop's last tick."""
 
 
+class PredecessorInfo(Result, frozen=True):
+    """An agent that a reload has replaced, and that still carries connections."""
+
+    pid: int
+    connections: int
+    ends_at: datetime | None
+    """When it ends what is left; None until it has told."""
+
+
 class StatusResult(Result, frozen=True):
     """Health of the agent on one screen. The CLI exits 0 when `ready`, else 1."""
 
@@ -148,9 +124,13 @@ class StatusResult(Result, frozen=True):
     heartbeat: HeartbeatInfo
     connections: int
     """Open connections that the agent carries."""
+    predecessors: tuple[PredecessorInfo, ...] = ()
+    """Agents that drain after a reload; their connections are not among ours."""
+    draining_until: datetime | None = None
+    """This agent takes no connections any more, and ends those it has at that time."""
     warnings: tuple[str, ...] = ()
     """Sentences a person should read: a refused file, a failed pod, dropped logs."""
-    statistics: dict[str, dict[str, int | float]] = {}
+    statistics: dict[str, dict[str, int | float]] = msgspec.field(default_factory=dict)
     """Counters of the long-lived parts, by part ("steering", "forwarder", "logs", ...)."""
 
 
@@ -432,6 +412,28 @@ class LogRequest(Request[LogResult], frozen=True):
     """Take the change back after this many seconds."""
 
 
+# --- reload -------------------------------------------------------------------
+
+
+class ReloadResult(Result, frozen=True):
+    """A new agent has taken over; the old one drains."""
+
+    pid: int
+    version: str
+    predecessor: int
+    """The process that was asked, and that now drains."""
+    connections: int
+    """What it still carries."""
+    took_s: float
+
+
+class ReloadRequest(Request[ReloadResult], frozen=True):
+    """Start a new agent in the place of this one, and break no connection."""
+
+    VERB: ClassVar[str] = "reload"
+    RESULT: ClassVar[type[Result]] = ReloadResult
+
+
 # --- certificates, connections, version -------------------------------------
 
 
@@ -515,6 +517,8 @@ class ConnectionInfo(Result, frozen=True):
     bytes_received: int
     path: Literal["agent", "kernel"] = "agent"
     """Who carries its bytes."""
+    agent: int = 0
+    """Process id of the predecessor that carries it; 0: the agent that was asked."""
 
 
 class ConnectionsResult(Result, frozen=True):
@@ -563,6 +567,7 @@ AnyRequest = (
     | PoliciesRequest
     | ExplainRequest
     | LogRequest
+    | ReloadRequest
     | CertsRequest
     | ConnectionsRequest
     | VersionRequest
@@ -580,6 +585,7 @@ REQUESTS: dict[str, type[AnyRequest]] = {
         PoliciesRequest,
         ExplainRequest,
         LogRequest,
+        ReloadRequest,
         CertsRequest,
         ConnectionsRequest,
         VersionRequest,

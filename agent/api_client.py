@@ -38,13 +38,17 @@ class RemoteError(MeshbpfError):
 
 
 def call(state_dir: Path, request: Request[R], *, timeout_s: float = 60.0) -> R:
-    """Ask the agent of `state_dir` and wait for its answer.
+    """Ask the agent of `state_dir` and wait for its answer; raises as `call_at`."""
+    return call_at(state_dir / CONTROL_SOCKET, request, timeout_s=timeout_s)
+
+
+def call_at(path: Path, request: Request[R], *, timeout_s: float = 60.0) -> R:
+    """Ask the agent that listens at this socket and wait for its answer.
 
     Raises UnavailableError (no agent, or no answer in time), PrivilegeError
     (the socket is another user's, or the agent does not let us in), and
     RemoteError for what the agent refuses.
     """
-    path = state_dir / CONTROL_SOCKET
     line = msgspec.json.encode({"verb": request.VERB, "args": request}) + b"\n"
     with _connect(path, timeout_s) as sock:
         try:

@@ -30,6 +30,10 @@ ADMIN_PORT = 15000
 STATS_PORT = 15020
 """These three as Istio's."""
 METRICS_GRACE_S = 300.0
+TERMINATION_DEADLINE_S = 5.0
+"""As ztunnel's CONNECTION_TERMINATION_DEADLINE."""
+RELOAD_DEADLINE_S = 900.0
+"""As Envoy's --parent-shutdown-time-s."""
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
@@ -120,6 +124,10 @@ class Settings:
     """How long an attach by name waits for the mesh state to name the pod."""
     enrol: bool = False
     """Attach the pods of this node that the mesh state enrols, without being asked."""
+    termination_deadline_s: float = TERMINATION_DEADLINE_S
+    """How long connections may go on after SIGTERM."""
+    reload_deadline_s: float = RELOAD_DEADLINE_S
+    """The same for a predecessor after a reload."""
     log_level: LogLevel = "info"
     log_format: LogFormat = "plain"
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -141,6 +149,8 @@ class Settings:
         # Three beats of 100 ms must fit, or a busy moment looks like a death.
         _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0, "300ms to 60s")
         _between("account-wait", self.account_wait_s, 0.0, 45.0, "0s to 45s")
+        _between("termination-deadline", self.termination_deadline_s, 0.0, 3600.0, "0s to 1h")
+        _between("reload-deadline", self.reload_deadline_s, 0.0, 7 * _UNIT_S["d"], "0s to 7d")
         _between("readiness-port", self.readiness_port, 1, 65535, "1 to 65535")
         _between("admin-port", self.admin_port, 0, 65535, "0 to 65535")
         _between("stats-port", self.stats_port, 0, 65535, "0 to 65535")

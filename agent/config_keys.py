@@ -137,6 +137,8 @@ KEYS: tuple[Key, ...] = (
     Key("cri-socket", "cri_socket", str, Path),
     Key("account-wait", "account_wait_s", _DURATION, _duration),
     Key("enrol", "enrol", bool, _as_is),
+    Key("termination-deadline", "termination_deadline_s", _DURATION, _duration),
+    Key("reload-deadline", "reload_deadline_s", _DURATION, _duration),
     Key("readiness-port", "readiness_port", int, _as_is),
     Key("admin-port", "admin_port", int, _as_is),
     Key("admin-open", "admin_open", bool, _as_is),

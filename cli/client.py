@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from meshbpf.agent.api import Request
-from meshbpf.agent.api_client import call
+from meshbpf.agent.api_client import RemoteError, call
 from meshbpf.cli.options import Session
 
 R = TypeVar("R")
@@ -22,5 +22,13 @@ def ask(session: Session, request: Request[R]) -> R:
 
 
 def change(session: Session, request: Request[R]) -> R:
-    """The agent's answer to a request that changes something; raises MeshbpfError."""
+    """The agent's answer to a request that changes something; raises MeshbpfError.
+
+    One that waited for a reload is asked of the new agent again.
+    """
+    try:
+        return call(session.state_dir, request, timeout_s=CHANGE_TIMEOUT_S)
+    except RemoteError as error:
+        if error.code != "replaced":
+            raise
     return call(session.state_dir, request, timeout_s=CHANGE_TIMEOUT_S)

@@ -35,6 +35,7 @@ COMMANDS = dict(
     [
         _entry("run", "Run the node agent."),
         _entry("waypoint", "Run a waypoint: routes and policy for HTTP."),
+        _entry("reload", "Replace the running agent, and break no connection."),
         _entry("attach", "Steer a pod's connections through the agent."),
         _entry("detach", "Stop steering a pod, and leave no trace."),
         _entry("status", "Show whether the agent is ready, and why not."),

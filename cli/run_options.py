@@ -128,6 +128,20 @@ _OPTIONS: tuple[Any, ...] = (
         help="Silence after which the kernel takes the agent for dead.  [default: 500ms]",
     ),
     click.option(
+        "--termination-deadline",
+        "termination_deadline_s",
+        type=DURATION,
+        metavar="TIME",
+        help="How long connections may go on after SIGTERM.  [default: 5s]",
+    ),
+    click.option(
+        "--reload-deadline",
+        "reload_deadline_s",
+        type=DURATION,
+        metavar="TIME",
+        help="How long they may go on in the agent that a reload has replaced.  [default: 15m]",
+    ),
+    click.option(
         "--readiness-port",
         type=click.IntRange(1, 65_535),
         metavar="PORT",

@@ -2,4 +2,4 @@
 
 from meshbpf.cli.main import main
 
-main()
+raise SystemExit(main())

@@ -44,6 +44,8 @@ from meshbpf.agent.api import (
     ConnectionInfo,
     ConnectionsRequest,
     PodsRequest,
+    ReloadRequest,
+    ReloadResult,
     Request,
     StatusRequest,
 )
@@ -52,7 +54,7 @@ from meshbpf.agent.core.address import SocketAddress
 from tests.progs.inside import NETNS_DIR, socket_inside, sysctl_inside
 from tests.progs.kube_objects import mesh_objects
 from tests.progs.pod import NAMESPACE, TRUST_DOMAIN, Family, Pod, node_address, service, workload
-from tests.progs.program import BedError, Program, end_recorded, eventually, run_inside
+from tests.progs.program import Adopted, BedError, Program, end_recorded, eventually, run_inside
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_DIR = Path("/run/meshbpf-testbed")
@@ -75,10 +77,11 @@ class Agent:
         self.netns = bed.node_netns(node)
         self.state_dir = bed.directory / f"node{node}"
         self.options: tuple[str, ...] = ()
-        self._program: Program | None = None
+        self._program: Program | Adopted | None = None
+        self._replaced: list[Program | Adopted] = []
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Program | Adopted:
         if self._program is None:
             raise BedError(f"the agent of node{self.node} was never started")
         return self._program
@@ -104,6 +107,8 @@ class Agent:
         copy_bytecode(BYTECODE_DIR, self.state_dir / "cache")
         argv = [str(MESHBPF), "run", "--node", f"node{self.node}"]
         argv += ["--state-dir", str(self.state_dir), "--ca-dir", str(self.bed.ca_dir)]
+        # Ten times shorter than the default: most tests leave connections behind.
+        argv += ["--termination-deadline", "500ms"]
         argv += [*self.bed.state_options, *options]
         self._program = Program(self.bed.directory, f"agent{self.node}", self.netns, argv)
 
@@ -167,6 +172,28 @@ class Agent:
 
     def stop(self) -> int:
         return self.program.end(signal.SIGTERM)
+
+    def reload(self) -> ReloadResult:
+        """Have it replaced by a new one; the old one ends with its last connection."""
+        done = call(self.state_dir, ReloadRequest(), timeout_s=120.0)
+        assert done.predecessor == self.pid
+        self.adopt(done.pid)
+        return done
+
+    def adopt(self, pid: int) -> None:
+        """This process has replaced the one that we know."""
+        old = self.program
+        self._replaced.append(old)
+        self._program = Adopted(self.bed.directory, pid, old.log)
+
+    def predecessors(self) -> list[int]:
+        """The processes that a reload has replaced and that are still there."""
+        return [program.pid for program in self._replaced if program.running]
+
+    def end_predecessors(self) -> None:
+        """At once; nothing of an earlier test is to be carried on."""
+        for program in self._replaced:
+            program.end()
 
     def restart(self) -> None:
         """An orderly stop and a start with the same options."""
@@ -247,6 +274,7 @@ class Testbed:
                 if agent.running:
                     agent.program.send(signal.SIGCONT)
                     agent.stop()
+                agent.end_predecessors()
             for program in self.servers.values():
                 program.end()
             self._sweep()

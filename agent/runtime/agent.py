@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from datetime import timedelta
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import trio
@@ -33,6 +35,7 @@ from meshbpf.agent.runtime.dns_metrics import DnsMetrics
 from meshbpf.agent.runtime.explaining import Explaining
 from meshbpf.agent.runtime.fd_store import GRACE_S, FdStore
 from meshbpf.agent.runtime.forwarder import Forwarder
+from meshbpf.agent.runtime.gate import Gate
 from meshbpf.agent.runtime.heartbeat import Heartbeat
 from meshbpf.agent.runtime.kube_status import StatusReporter
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
@@ -48,6 +51,7 @@ from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.readiness import Readiness
 from meshbpf.agent.runtime.reconcile import Reconciler
 from meshbpf.agent.runtime.state_dir import StateDir
+from meshbpf.agent.runtime.takeover import Predecessors
 from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.traffic_metrics import check_allowed
 
@@ -56,6 +60,10 @@ if TYPE_CHECKING:
 
 START_WAIT_S = 30.0
 """How long attach and detach wait for an agent that is still starting."""
+
+LAST_ACCEPTS_S = 0.05
+STOP_PREDECESSORS_S = 3.0
+"""How long a stop waits for predecessors that were told to end."""
 
 log = Log("agent")
 
@@ -91,6 +99,10 @@ class Agent:
         self._forwarder: Forwarder | None = None
         self._carrying: Carrying | None = None
         self.pods: PodManager | None = None
+        self.gate = Gate()
+        """Before all accept loops."""
+        self.predecessors = Predecessors(state_dir.path)
+        self._draining_until: datetime | None = None
         self.readiness = Readiness("bpf", "certificates", "heartbeat", "mesh-state", "pods")
         self._mesh = LiveMesh(self._datapath_lock)
         self._connections = ConnectionRegistry(
@@ -146,12 +158,12 @@ class Agent:
             dns_metrics=self._dns_metrics,
             cluster_domain=settings.cluster_domain,
             carrier=carrying.carrier,
+            gate=self.gate,
         )
         self.pods = pods = PodManager(
             settings,
             self._state_dir.attachments,
             steering=steering,
-            datapath_lock=self._datapath_lock,
             certificates=self._certificates,
             server=self._forwarder,
             mesh=self._mesh.current,
@@ -196,6 +208,7 @@ class Agent:
                 reconciler = Reconciler(self._membership, self.pods, self._locator, self._source)
                 self._mesh.on_change(reconciler.stir)
                 nursery.start_soon(reconciler.run)
+            nursery.start_soon(self.predecessors.watch)
 
     async def _follow_source(
         self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -203,45 +216,102 @@ class Agent:
         with self._source_scope:
             await self._source.watch(self._mesh, task_status=task_status)
 
-    async def stop(self) -> None:
+    async def stop(self, hurry: trio.CancelScope) -> None:
         """End in the order that the kernel side needs; attachments remain.
 
-        Call it shielded: it takes 3 s at most, most of it a forwarder's goodbye.
+        Call it shielded. Connections may go on for the termination deadline,
+        or until `hurry` is cancelled; then it takes 3 s at most.
         """
         self.readiness.require("running", lambda: False)
-        self._source_scope.cancel()
-        waits = self._bequeath()
+        self._announce_end()
         if self.pods is not None:
-            if self.pods.any_open() and not waits:
-                # Until the silence is long enough the kernel still hands
-                # connections over: serve them, or an open pod would refuse.
-                await trio.sleep(self._settings.heartbeat_limit_s)
+            # What the kernel has handed over by now is still taken in.
+            await trio.sleep(LAST_ACCEPTS_S)
+            self.gate.close()
+            await self._drain(self._settings.termination_deadline_s, hurry)
+            self._source_scope.cancel()
+            await self.pods.stop_serving()
+        await self.predecessors.end(STOP_PREDECESSORS_S)
+        if self._steering is not None:
+            await trio.to_thread.run_sync(self._steering.close)
+
+    def retire(self) -> None:
+        """A successor serves: it has the kernel and the pods. What we carry is left to `drain`."""
+        self.readiness.require("running", lambda: False)
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        self._mesh.stop_steering()
+        if self._carrying is not None:
+            self._carrying.carrier.retire()
+        if self.pods is not None:
+            self.pods.retire()
+
+    async def drain(self, hurry: trio.CancelScope) -> None:
+        """The end of one that has retired. Call it shielded, when `watch` has ended."""
+        self.predecessors.hand_over()
+        if self.pods is not None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.pods.watch_retired)
+                await self._drain(self._settings.reload_deadline_s, hurry)
+                nursery.cancel_scope.cancel()
             await self.pods.stop_serving()
         if self._steering is not None:
             await trio.to_thread.run_sync(self._steering.close)
 
-    def _bequeath(self) -> bool:
-        """End the heartbeat. True when new connections wait for a successor in kept listeners."""
-        if self._heartbeat is None:
-            return False
-        if self.pods is not None and self.pods.any_kept():
-            try:
-                self._heartbeat.bequeath(GRACE_S)
-            except MeshbpfError as error:
-                log.error("connections will not wait for a successor", cause=error)
+    async def _drain(self, limit_s: float, hurry: trio.CancelScope) -> None:
+        """Let connections end by themselves; each new state judges them meanwhile."""
+        forwarder = self._forwarder
+        if forwarder is None:
+            return
+        forwarder.drain()
+        self._draining_until = utc_now() + timedelta(seconds=limit_s)
+        log.info("draining", carried=forwarder.carried, deadline_s=limit_s)
+        hurry.deadline = trio.current_time() + limit_s
+        with hurry:
+            await forwarder.idle()
+        log.info("drained", cut=forwarder.carried)
+
+    def _announce_end(self) -> None:
+        """End the heartbeat: connections wait for a successor in kept listeners, or none come."""
+        heartbeat, settings = self._heartbeat, self._settings
+        if heartbeat is None:
+            return
+        try:
+            if self.pods is not None and self.pods.any_kept():
+                heartbeat.bequeath(GRACE_S + settings.termination_deadline_s)
             else:
-                return True
-        self._heartbeat.stop()
-        return False
+                heartbeat.renounce(settings.heartbeat_limit_s)
+        except MeshbpfError as error:
+            log.error("the kernel learns of the end only by silence", cause=error)
+
+    # --- handing over -----------------------------------------------------------
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        """For the time of the block no pod comes, goes, or changes. Raises MeshbpfError."""
+        pods = await self._pods_when_running()
+        async with pods.frozen():
+            yield
+
+    def descriptors(self) -> Iterator[tuple[str, int]]:
+        """What a successor needs of this agent's pods and of those before it."""
+        if self.pods is not None:
+            yield from self.pods.descriptors()
+        yield from self.predecessors.descriptors()
+
+    def carried(self) -> int:
+        """Open connections."""
+        totals = self._connections.statistics()
+        return totals.open_inbound + totals.open_outbound
 
     # --- for the service manager ----------------------------------------------
 
     def status_line(self) -> str:
         """One line for people: what is pending, or what is carried."""
         pending = self.readiness.pending()
-        totals = self._connections.statistics()
-        carried = totals.open_inbound + totals.open_outbound
-        line = f"{len(self._all_pods())} pods, {carried} connections"
+        line = f"{len(self._all_pods())} pods, {self.carried()} connections"
+        if self._draining_until is not None:
+            return f"draining, {line}"
         return f"not ready, waiting for {', '.join(pending)}; {line}" if pending else line
 
     def datapath_answers(self) -> bool:
@@ -330,7 +400,14 @@ class Agent:
 
     async def _list_connections(self, request: api.ConnectionsRequest) -> api.ConnectionsResult:
         kernel = [] if self._carrying is None else await self._carrying.connections()
-        return reports.connections(request, self._connections.list(), kernel)
+        own = reports.connections(request, self._connections.list(), kernel)
+        others, total = await self.predecessors.connections(request)
+        if not total:
+            return own
+        merged = sorted((*own.connections, *others), key=lambda one: one.opened_at)
+        return api.ConnectionsResult(
+            connections=tuple(merged[: request.limit]), total=own.total + total
+        )
 
     async def _version(self, _request: api.VersionRequest) -> api.VersionResult:
         return api.VersionResult(
@@ -347,7 +424,6 @@ class Agent:
         pods = self._all_pods()
         failed = [pod for pod in pods if pod.state == "failed"]
         waiting = [pod for pod in pods if pod.state == "waiting"]
-        totals = self._connections.statistics()
         return api.StatusResult(
             ready=not pending,
             pending=pending,
@@ -371,7 +447,9 @@ class Agent:
                 waiting=len(waiting),
             ),
             heartbeat=self._heartbeat_info(),
-            connections=totals.open_inbound + totals.open_outbound,
+            connections=self.carried(),
+            predecessors=tuple(one.describe() for one in self.predecessors),
+            draining_until=self._draining_until,
             warnings=tuple(self._warnings(failed)),
             statistics=self._counters(),
         )

@@ -9,8 +9,14 @@
             are taken over; only then does the heart beat
     ready   logged, status exits 0, 15021 answers 200
     stop    SIGTERM or SIGINT: the heart stops first, so that the kernel
-            applies the pods' fail mode before the listeners close; forwarders
-            say goodbye to their tunnels; attachments remain
+            applies the pods' fail mode before the listeners close; tunnels say
+            GOAWAY, connections have until the termination deadline, or the
+            next signal; attachments remain
+
+An agent that a running one has started in its own place (`reload.py`) gets
+the sockets and the lock instead of opening them, accepts nothing and answers
+nobody until the other has stopped to, and is the service only from then on.
+The other drains, and ends with its last connection.
 
 A fault of one pod stays with it (`pods.py`); any other task that fails ends
 the agent, for a half-working one would be worse than a dead one, which the
@@ -22,7 +28,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -37,22 +42,15 @@ from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.runtime import (
-    attachments,
-    cni,
-    heap,
-    httpd,
-    kube_config,
-    logs,
-    readiness,
-    supervised,
-)
-from meshbpf.agent.runtime.admin import Admin
+from meshbpf.agent.handover import Channel, Inheritance
+from meshbpf.agent.runtime import attachments, cni, heap, kube_config, logs, takeover
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.fd_store import FdStore
+from meshbpf.agent.runtime.fronts import Fronts
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
+from meshbpf.agent.runtime.life import Life
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.manifests import ManifestSource
 from meshbpf.agent.runtime.mesh_source import MeshSource
@@ -75,19 +73,20 @@ class Prepared:
     source: MeshSource
     state: MeshState | None
     control: ControlServer
-    control_listener: socket.socket
     cni: ControlServer
-    cni_listener: socket.socket
-    readiness_listener: socket.socket
-    stats_listeners: list[socket.socket]
-    admin_listeners: list[socket.socket]
+    fronts: Fronts
     notifier: Notifier
     store: FdStore
     logs: LogWriter
+    predecessor: Channel | None
+    inheritance: Inheritance | None
+    """What the predecessor has handed over; None when there is none."""
 
 
-def run(settings: Settings) -> int:
+def run(settings: Settings, predecessor: Channel | None = None) -> int:
     """Run the agent until it is told to stop; 0 after an orderly end.
+
+    `predecessor` leads to the agent whose place this one takes.
 
     Raises MeshbpfError for whatever keeps it from running.
     """
@@ -100,7 +99,7 @@ def run(settings: Settings) -> int:
     with ExitStack() as stack:
         writer = logs.set_up(settings.log_level, settings.log_format)
         stack.callback(writer.close)
-        prepared = _prepare(settings, stack, writer)
+        prepared = _prepare(settings, stack, writer, predecessor)
         try:
             trio.run(_main, prepared, strict_exception_groups=True)
         except BaseExceptionGroup as group:
@@ -128,44 +127,37 @@ def _source(settings: Settings) -> MeshSource:
     return LocalXdsSource(settings.local_xds)
 
 
-def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepared:
+def _prepare(
+    settings: Settings, stack: ExitStack, writer: LogWriter, predecessor: Channel | None
+) -> Prepared:
     _raise_descriptor_limit()
     # First, and whatever becomes of the rest: no child may inherit these.
     notifier = Notifier.of(os.environ, os.getpid())
-    store = FdStore(notifier, take_stored(os.environ, os.getpid()))
+    stored = take_stored(os.environ, os.getpid())
+    inheritance = None
+    if predecessor is not None:
+        notifier.hold()
+        inheritance = Inheritance.receive(predecessor, os.getpid(), meshbpf.__version__)
     authority = ca_files.load(settings.ca_dir)
     if settings.origins.get("trust_domain", "default") == "default" and authority.trust_domain:
         settings = replace(settings, trust_domain=authority.trust_domain)
     source = _source(settings)
     state = source.load()
-    state_dir = StateDir.open(settings.state_dir)
+    if inheritance is None:
+        state_dir = StateDir.open(settings.state_dir)
+        takeover.sweep(settings.state_dir)
+    else:
+        state_dir = StateDir.inherit(settings.state_dir, *inheritance.take("lock"))
     stack.callback(state_dir.close)
     attachments.load(state_dir.attachments)  # a broken record, before anything is touched
-    readiness_listener = readiness.open_listener(settings.readiness_port)
-    stack.callback(readiness_listener.close)
-    stats_listeners, admin_listeners = [], []
-    if settings.stats_port:
-        stats_listeners.append(httpd.open_listener(settings.stats_port, "stats"))
-    if settings.admin_port:
-        try:
-            admin_listeners += httpd.open_loopback(settings.admin_port, "admin")
-        except MeshbpfError as error:
-            if error.code != "no-ip":
-                raise
-            # A netns whose lo is down: worth a word, no reason to carry nothing.
-            log.warning("no admin port", cause=error.what)
-    for listener in (*stats_listeners, *admin_listeners):
-        stack.callback(listener.close)
     control = ControlServer(state_dir.control_socket)
-    control_listener = control.open()
-    stack.callback(control_listener.close)
     plugin = ControlServer(
         state_dir.cni_socket,
         max_clients=cni.MAX_CLIENTS,
         max_request_bytes=cni.MAX_REQUEST_BYTES,
     )
-    cni_listener = plugin.open()
-    stack.callback(cni_listener.close)
+    fronts = Fronts(settings, {"control": control, "cni": plugin})
+    fronts.open(stack, inheritance)
     log.info(
         "starting",
         version=meshbpf.__version__,
@@ -174,6 +166,7 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
         agent_id=state_dir.agent_id,
         state_dir=settings.state_dir,
         python=sys.version.split()[0],
+        **({"predecessor": inheritance.pid} if inheritance else {}),
     )
     return Prepared(
         settings=settings,
@@ -182,15 +175,13 @@ def _prepare(settings: Settings, stack: ExitStack, writer: LogWriter) -> Prepare
         source=source,
         state=state,
         control=control,
-        control_listener=control_listener,
         cni=plugin,
-        cni_listener=cni_listener,
-        readiness_listener=readiness_listener,
-        stats_listeners=stats_listeners,
-        admin_listeners=admin_listeners,
+        fronts=fronts,
         notifier=notifier,
-        store=store,
+        store=FdStore(notifier, stored if inheritance is None else inheritance.pods()),
         logs=writer,
+        predecessor=predecessor,
+        inheritance=inheritance,
     )
 
 
@@ -208,20 +199,18 @@ async def _main(prepared: Prepared) -> None:
                 services,
                 prepared.store,
             )
-            services.start_soon(readiness.serve, prepared.readiness_listener, agent.readiness)
-            services.start_soon(prepared.control.serve, prepared.control_listener)
-            services.start_soon(prepared.cni.serve, prepared.cni_listener)
-            _serve_monitoring(services, prepared, agent)
+            life = Life(prepared, agent, services)
             async with trio.open_nursery() as work:
                 work.start_soon(_stop_on_signal, signals, work.cancel_scope)
                 work.start_soon(_stop_when_asked, agent, work.cancel_scope)
-                await agent.start(prepared.state)
+                await life.begin()
                 heap.settle()
                 work.start_soon(agent.watch)
                 log.info("ready")
-                work.start_soon(supervised.tell, prepared.notifier, agent)
+                work.start_soon(life.tell_manager)
+                work.start_soon(life.until_replaced, work.cancel_scope)
             with trio.CancelScope(shield=True):
-                await agent.stop()
+                await life.end(signals)
             services.cancel_scope.cancel()
     log.info("stopped")
 
@@ -236,15 +225,6 @@ async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) 
 async def _stop_when_asked(agent: Agent, scope: trio.CancelScope) -> None:
     await agent.monitoring.asked_to_quit()
     scope.cancel()
-
-
-def _serve_monitoring(services: trio.Nursery, prepared: Prepared, agent: Agent) -> None:
-    monitoring = agent.monitoring
-    if prepared.stats_listeners:
-        services.start_soon(httpd.serve, prepared.stats_listeners, monitoring.serve_metrics)
-    if prepared.admin_listeners:
-        admin = Admin(monitoring.admin_sources(), open_to_all=prepared.settings.admin_open)
-        services.start_soon(httpd.serve, prepared.admin_listeners, admin.handle)
 
 
 def _raise_descriptor_limit() -> None:

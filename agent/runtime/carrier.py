@@ -98,6 +98,7 @@ class Carrier:
         self._verdicts: OrderedDict[VerdictKey, int] = OrderedDict()
         self._dirty: set[int] = set()
         self._settling = trio.Lock()
+        self._retired = False
         self._cut = 0
 
     @property
@@ -109,6 +110,10 @@ class Carrier:
     def verdicts(self) -> int:
         """Verdicts that are remembered."""
         return len(self._verdicts)
+
+    def retire(self) -> None:
+        """A successor writes the kernel's verdicts from now on, and judges its flows."""
+        self._retired = True
 
     # --- pods -------------------------------------------------------------------
 
@@ -172,7 +177,7 @@ class Carrier:
     def _decide(self, key: VerdictKey, mesh: Snapshot) -> bool:
         """Put a yes into the kernel; must not let go of the event loop (see FlowMaps)."""
         source, destination = self._ends(key, mesh)
-        if destination is None or (key.source and source is None):
+        if self._retired or destination is None or (key.source and source is None):
             return False
         own = self._pods[key.destination].addresses
         target = SocketAddress(key.destination_ip, key.port)
@@ -207,6 +212,8 @@ class Carrier:
 
     def changed(self, mesh: Snapshot) -> None:
         """`mesh` is in force from this step of the event loop on."""
+        if self._retired:
+            return
         dirty = set()
         for index, pod in self._pods.items():
             fresh = self._footprint(pod, mesh)

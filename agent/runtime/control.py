@@ -43,6 +43,7 @@ CLIENT_IDLE_S = 10.0
 REPLY_S = 10.0
 
 _READ_BYTES = 16 * 1024
+_QUIET_POLL_S = 0.02
 _PEERCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 R = TypeVar("R", bound=Result)
@@ -82,6 +83,8 @@ class ControlServer:
         self._max_request_bytes = max_request_bytes
         self._handlers: dict[str, tuple[type[Request[Any]], Handler]] = {}
         self._slots = trio.CapacityLimiter(max_clients)
+        self.handed_over = False
+        """A successor answers at our path: it is not ours to remove."""
         self._requests = self._failed = self._forbidden = self._turned_away = 0
 
     def handle(self, request: type[Request[R]], handler: Callable[[Any], Awaitable[R]]) -> None:
@@ -93,6 +96,11 @@ class ControlServer:
         _kind, handler = self._handlers[request.VERB]
         answer: R = await handler(request)  # type: ignore[assignment]
         return answer
+
+    def move(self, path: Path) -> None:
+        """A successor has the path: be asked at this one from the next `open` on."""
+        self._path = path
+        self.handed_over = False
 
     def open(self) -> socket.socket:
         """Bind the socket. A leftover of a dead agent is replaced: the state
@@ -114,13 +122,28 @@ class ControlServer:
             ) from error
         return listener
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Answer clients until cancelled; then close and unlink the socket."""
+    async def serve(self, listener: socket.socket, clients: trio.Nursery | None = None) -> None:
+        """Answer clients until cancelled; then close the socket, and unlink it if it is ours.
+
+        Those who are being served then run in `clients`, or end too.
+        """
+        path = self._path
         try:
             with trio.socket.from_stdlib_socket(listener) as trio_listener:
-                await trio.serve_listeners(self._one_client, [trio.SocketListener(trio_listener)])
+                await trio.serve_listeners(
+                    self._one_client,
+                    [trio.SocketListener(trio_listener)],
+                    handler_nursery=clients,
+                )
         finally:
-            self._path.unlink(missing_ok=True)
+            if not self.handed_over:
+                path.unlink(missing_ok=True)
+
+    async def quiet(self) -> None:
+        """Return when nobody is being served."""
+        # Asked once in an agent's life, for a moment: no event is kept for it.
+        while self._slots.borrowed_tokens:  # noqa: ASYNC110
+            await trio.sleep(_QUIET_POLL_S)
 
     def statistics(self) -> ControlStatistics:
         """Counters since the start."""

@@ -27,6 +27,7 @@ from meshbpf.agent.core.names import TTL_S, Host, RecordType, host, service_port
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.dns_metrics import DnsMetrics, Transport
 from meshbpf.agent.runtime.dns_upstream import ask_by_tcp, ask_by_udp
+from meshbpf.agent.runtime.gate import Gate
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.mesh_view import MeshView, local_workload
@@ -56,7 +57,9 @@ class DnsProxy:
         *,
         domain: str,
         rng: random.Random,
+        gate: Gate,
     ) -> None:
+        self._gate = gate
         self._pod = pod
         self._mesh = mesh
         self._metrics = metrics
@@ -71,7 +74,7 @@ class DnsProxy:
         sock.setblocking(False)
         try:
             while True:
-                await trio.lowlevel.wait_readable(sock)
+                await self._gate.wait_readable(sock)
                 for _ in range(_BATCH):
                     try:
                         query, ancillary, _flags, sender = sock.recvmsg(

@@ -25,7 +25,7 @@ import hashlib
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import Listeners, Role
@@ -75,10 +75,10 @@ class FdStore:
             same = same and (status.st_dev, status.st_ino) == (netns.dev, netns.inode)
             os.close(fd)
         found: dict[tuple[Role, int], socket.socket] = {}
-        for role in CONNECTION_ROLES:
+        for role in Role:  # those of DNS come from a reload alone
             for family in _FAMILIES:
                 for fd in self._stored.pop(_listener_name(pod, role, family), []):
-                    sock = _listener(fd, family, netns)
+                    sock = _listener(fd, role, family, netns)
                     if sock is not None and same and (role, family) not in found:
                         found[role, family] = sock
                     elif sock is not None:
@@ -95,23 +95,29 @@ class FdStore:
             return
         try:
             self._forget(pod)
-            self._notifier.store(_netns_name(pod), [netns.fd])
-            for (role, family), sock in listeners.items():
-                if role not in CONNECTION_ROLES:
-                    continue  # nobody waits for a successor with a DNS query
-                self._notifier.store(_listener_name(pod, role, family), [sock.fileno()])
+            kept = {key: sock for key, sock in listeners.items() if key[0] in CONNECTION_ROLES}
+            # Nobody waits for a successor with a DNS query.
+            for name, fd in self.named(pod, netns, kept):
+                self._notifier.store(name, [fd])
         except NotifyError as error:
             log.error("listeners are not kept for a successor", cause=error, pod=pod)
         else:
             self._kept.add(pod)
 
+    @staticmethod
+    def named(pod: str, netns: Netns, listeners: Listeners) -> Iterator[tuple[str, int]]:
+        """A pod's descriptors under the names by which `take` finds them."""
+        yield _netns_name(pod), netns.fd
+        for (role, family), sock in listeners.items():
+            yield _listener_name(pod, role, family), sock.fileno()
+
     def drop(self, pod: str) -> None:
         """Have the pod's descriptors closed: the kernel must find no listener of it."""
-        if not self._notifier.listens:
-            return
-        for name in _names(pod):
+        for name in _names(pod, tuple(Role)):
             for fd in self._stored.pop(name, []):
                 os.close(fd)
+        if not self._notifier.listens:
+            return
         try:
             self._forget(pod)
         except NotifyError as error:
@@ -132,7 +138,7 @@ class FdStore:
             self._notifier.forget(name)
 
 
-def _listener(fd: int, family: int, netns: Netns) -> socket.socket | None:
+def _listener(fd: int, role: Role, family: int, netns: Netns) -> socket.socket | None:
     """The descriptor as a socket, closed and None if it is not a listener of that namespace."""
     try:
         sock = socket.socket(fileno=fd)
@@ -141,16 +147,15 @@ def _listener(fd: int, family: int, netns: Netns) -> socket.socket | None:
         return None
     cookie = struct.unpack("Q", sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0]
     listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if (int(sock.family), cookie, listens) != (family, netns.cookie, 1):
+    wanted = (family, netns.cookie, int(role is not Role.DNS_UDP))
+    if (int(sock.family), cookie, listens) != wanted:
         sock.close()
         return None
     return sock
 
 
-def _names(pod: str) -> list[str]:
-    listeners = [
-        _listener_name(pod, role, family) for role in CONNECTION_ROLES for family in _FAMILIES
-    ]
+def _names(pod: str, roles: Sequence[Role] = CONNECTION_ROLES) -> list[str]:
+    listeners = [_listener_name(pod, role, family) for role in roles for family in _FAMILIES]
     return [_netns_name(pod), *listeners]
 
 

@@ -3,7 +3,8 @@
 One nursery per pod holds its listeners, tunnels and connections; nothing that
 goes wrong in a connection leaves its task. Cancelling a pod's `serve` ends
 everything of it at once: tunnels say GOAWAY, connections are reset, so peers
-know within two seconds.
+know within two seconds. `drain` ends it in order: tunnels say GOAWAY and go
+with their last stream.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import errno
 import logging
 import random
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import trio
@@ -22,6 +23,7 @@ from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.connections import ConnectionRegistry, ConnectionStatistics
 from meshbpf.agent.runtime.dns_metrics import DnsMetrics
 from meshbpf.agent.runtime.dns_proxy import DnsProxy
+from meshbpf.agent.runtime.gate import Gate
 from meshbpf.agent.runtime.hostnames import Hostnames
 from meshbpf.agent.runtime.identity_source import Identities
 from meshbpf.agent.runtime.inbound import Inbound
@@ -74,6 +76,16 @@ class ForwarderStatistics:
     """Times that a listener ran out of descriptors or memory."""
 
 
+@dataclass(slots=True, eq=False)
+class _Served:
+    """A pod while it is served."""
+
+    pod: LocalPod
+    inbound: Inbound
+    carried: int = 0
+    """Accepted sockets that are not done with: connections and tunnels of others."""
+
+
 class Forwarder:
     """Serves pods; see the module."""
 
@@ -87,6 +99,7 @@ class Forwarder:
         dns_metrics: DnsMetrics | None = None,
         cluster_domain: str = "cluster.local",
         carrier: Carrier | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self._carrier = carrier
         self._mesh = mesh
@@ -96,14 +109,17 @@ class Forwarder:
         self._hostnames = Hostnames()
         self._dns_metrics = dns_metrics or DnsMetrics()
         self._cluster_domain = cluster_domain
-        self._pods: dict[str, LocalPod] = {}
+        self.gate = gate or Gate()
+        """Whether any pod's connections are accepted."""
+        self._served: dict[str, _Served] = {}
+        self._idle = trio.Event()
         self._accept_failures = 0
 
     async def serve(
         self, pod: LocalPod, listeners: Mapping[tuple[Role, int], socket.socket]
     ) -> None:
         """Serve one pod until cancelled. The listeners stay the caller's to close."""
-        self._pods[pod.key] = pod
+        served: _Served | None = None
         try:
             async with trio.open_nursery() as nursery:
                 outbound = Outbound(
@@ -117,8 +133,15 @@ class Forwarder:
                     self._carrier,
                 )
                 inbound = Inbound(
-                    pod, self._mesh, self._identities, self._connections, nursery, self._carrier
+                    pod,
+                    self._mesh,
+                    self._identities,
+                    self._connections,
+                    nursery,
+                    self.gate,
+                    self._carrier,
                 )
+                served = self._served[pod.key] = _Served(pod, inbound)
                 names = DnsProxy(
                     pod,
                     self._mesh,
@@ -126,6 +149,7 @@ class Forwarder:
                     nursery,
                     domain=self._cluster_domain,
                     rng=self._rng,
+                    gate=self.gate,
                 )
                 handlers = {
                     Role.OUTBOUND: outbound.serve,
@@ -137,22 +161,45 @@ class Forwarder:
                     if role is Role.DNS_UDP:
                         nursery.start_soon(names.serve_udp, listener)
                         continue
-                    nursery.start_soon(self._accept, nursery, listener, handlers[role])
+                    nursery.start_soon(self._accept, nursery, served, listener, handlers[role])
         finally:
-            if self._pods.get(pod.key) is pod:
-                del self._pods[pod.key]
+            if self._served.get(pod.key) is served:
+                del self._served[pod.key]
+            self._look_whether_idle()
+
+    def drain(self, pods: Iterable[str] | None = None) -> None:
+        """Have the tunnels of these pods (all of them: None) end with their last streams.
+
+        What is accepted later is not affected: close the gate for that.
+        """
+        for key in list(self._served) if pods is None else pods:
+            if (served := self._served.get(key)) is not None:
+                served.inbound.drain()
+                served.pod.pool.drain()
+
+    @property
+    def carried(self) -> int:
+        """Accepted sockets that are not done with."""
+        return sum(served.carried for served in self._served.values())
+
+    async def idle(self) -> None:
+        """Return when nothing is carried."""
+        while self.carried:
+            self._idle = trio.Event()
+            await self._idle.wait()
 
     def statistics(self) -> ForwarderStatistics:
         """For `status`."""
         return ForwarderStatistics(
             connections=self._connections.statistics(),
-            pools={key: pod.pool.statistics() for key, pod in self._pods.items()},
+            pools={key: served.pod.pool.statistics() for key, served in self._served.items()},
             accept_failures=self._accept_failures,
         )
 
     async def _accept(
         self,
         nursery: trio.Nursery,
+        served: _Served,
         listener: socket.socket,
         handler: Callable[[socket.socket], Awaitable[None]],
     ) -> None:
@@ -160,7 +207,7 @@ class Forwarder:
         # six system calls for each of them.
         prepare(listener)
         while True:
-            await trio.lowlevel.wait_readable(listener)
+            await self.gate.wait_readable(listener)
             for _ in range(_ACCEPT_BATCH):
                 try:
                     sock, _address = listener.accept()
@@ -176,4 +223,21 @@ class Forwarder:
                     await trio.sleep(_EXHAUSTED_WAIT_S)
                     break
                 sock.setblocking(False)
-                nursery.start_soon(guarded, handler, sock)
+                served.carried += 1
+                nursery.start_soon(self._carry, served, handler, sock)
+
+    async def _carry(
+        self,
+        served: _Served,
+        handler: Callable[[socket.socket], Awaitable[None]],
+        sock: socket.socket,
+    ) -> None:
+        try:
+            await guarded(handler, sock)
+        finally:
+            served.carried -= 1
+            self._look_whether_idle()
+
+    def _look_whether_idle(self) -> None:
+        if not self.carried:
+            self._idle.set()

@@ -103,6 +103,16 @@ class Heartbeat:
         left_s = self._lease_from + self._lease_s - self._clock()
         self._steering.beat(lease_s=max(0.0, left_s), ahead_s=grace_s)
 
+    def renounce(self, limit_s: float) -> None:
+        """Stop with a beat that is too old already: the pods' fail mode applies at once.
+
+        Otherwise the kernel would hand over for another `limit_s`. Raises
+        MeshbpfError when it cannot be written; it is stopped all the same.
+        """
+        self.stop()
+        left_s = self._lease_from + self._lease_s - self._clock()
+        self._steering.beat(lease_s=max(0.0, left_s), ahead_s=-2 * limit_s)
+
     async def tick(self) -> None:
         """Tell the thread that the loop turns, until cancelled."""
         while True:

@@ -129,11 +129,15 @@ def open_loopback(port: int, what: str) -> list[socket.socket]:
 async def serve(
     listeners: Sequence[socket.socket],
     handler: Handler,
+    clients: trio.Nursery | None = None,
     *,
     max_clients: int = MAX_CLIENTS,
     client_s: float = CLIENT_S,
 ) -> None:
-    """Answer until cancelled; closes the listeners."""
+    """Answer until cancelled; closes the listeners.
+
+    Those who are being answered then run in `clients`, or end too.
+    """
     slots = trio.CapacityLimiter(max_clients)
 
     async def one(stream: trio.SocketStream) -> None:
@@ -151,7 +155,7 @@ async def serve(
                 slots.release()
 
     streams = [trio.SocketListener(trio.socket.from_stdlib_socket(one)) for one in listeners]
-    await trio.serve_listeners(one, streams)
+    await trio.serve_listeners(one, streams, handler_nursery=clients)
 
 
 async def _exchange(stream: trio.SocketStream, handler: Handler, client_s: float) -> None:

@@ -28,6 +28,7 @@ from meshbpf.agent.runtime.connections import (
     Transport,
     decide,
 )
+from meshbpf.agent.runtime.gate import Gate
 from meshbpf.agent.runtime.handshake import HandshakePlaces, shake_hands
 from meshbpf.agent.runtime.identity_source import Identities
 from meshbpf.agent.runtime.local_pod import LocalPod
@@ -69,6 +70,7 @@ class Inbound:
         identities: Identities,
         connections: ConnectionRegistry,
         nursery: trio.Nursery,
+        gate: Gate,
         carrier: Carrier | None = None,
     ) -> None:
         self._carrier = carrier
@@ -78,6 +80,13 @@ class Inbound:
         self._connections = connections
         self._nursery = nursery
         self._handshakes = HandshakePlaces(_HANDSHAKE_LIMIT)
+        self._gate = gate
+        self._tunnels: set[Tunnel] = set()
+
+    def drain(self) -> None:
+        """Have every tunnel that stands say GOAWAY and end with its last stream."""
+        for tunnel in list(self._tunnels):
+            tunnel.drain()
 
     # --- HBONE --------------------------------------------------------------
 
@@ -119,7 +128,13 @@ class Inbound:
 
         tunnel = Tunnel(sock, channel, self._nursery, server=True, on_request=on_request)
         tunnel.start()
-        await tunnel.run()
+        if not self._gate.is_open:
+            tunnel.drain()  # accepted before the end began
+        self._tunnels.add(tunnel)
+        try:
+            await tunnel.run()
+        finally:
+            self._tunnels.discard(tunnel)
 
     async def _serve_stream(
         self,

@@ -70,6 +70,10 @@ class LiveMesh:
         self._kernel = kernel
         self._kernel_follows = False
 
+    def stop_steering(self) -> None:
+        """A successor tells the kernel from now on; decisions here go on to follow the state."""
+        self._kernel = None
+
     async def apply(self, state: MeshState) -> None:
         """Make `state` the whole mesh. Raises MeshbpfError, and then the old one stays."""
         async with self._writing:
@@ -90,7 +94,7 @@ class LiveMesh:
         new, change = await trio.to_thread.run_sync(self._prepare, old, delta)
         if self._kernel is not None:
             async with self._datapath_lock:
-                await trio.to_thread.run_sync(self._steer, change)
+                await trio.to_thread.run_sync(self._steer, self._kernel, change)
         self._prefixes.commit(change)
         self.snapshot = new
         # In the same step of the event loop: nobody decides by the new state
@@ -107,11 +111,12 @@ class LiveMesh:
             new.prepare_policies(old)
         return new, change
 
-    def _steer(self, change: PrefixChange) -> None:
-        assert self._kernel is not None  # noqa: S101 (asked before)
+    def _steer(self, kernel: Destinations | None, change: PrefixChange) -> None:
+        if kernel is None:
+            return  # a successor's by now
         if self._kernel_follows:
-            self._kernel.change_mesh(change.added, change.removed)
+            kernel.change_mesh(change.added, change.removed)
         else:
             wanted = set(self._prefixes).union(change.added).difference(change.removed)
-            self._kernel.replace_mesh(wanted)
+            kernel.replace_mesh(wanted)
             self._kernel_follows = True

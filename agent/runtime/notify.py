@@ -36,6 +36,8 @@ class Notifier:
     address: str | None
     watchdog_s: float | None
     """How often the manager wants to hear from us; None when it does not."""
+    _held: list[tuple[str, list[int]]] | None = None
+    """What is to be said once the manager listens to us."""
 
     @classmethod
     def of(cls, environ: Mapping[str, str], pid: int) -> Notifier:
@@ -76,9 +78,30 @@ class Notifier:
         """Feed the watchdog."""
         self._send("WATCHDOG=1")
 
-    def stopping(self, status: str) -> None:
-        """An orderly end has begun."""
-        self._send(f"STOPPING=1\nSTATUS={_line(status)}")
+    def stopping(self, status: str, within_s: float = 0.0) -> None:
+        """An orderly end has begun; it may take `within_s`, whatever the unit says."""
+        extended = f"\nEXTEND_TIMEOUT_USEC={int(within_s * 1e6)}" if within_s else ""
+        self._send(f"STOPPING=1\nSTATUS={_line(status)}{extended}")
+
+    def main_pid(self, pid: int) -> None:
+        """The service is another process from now on; the manager hears no more of ours."""
+        self._send(f"MAINPID={pid}")
+
+    def hold(self) -> None:
+        """We are not the service's main process yet: keep what is to be said for `release`."""
+        if self._held is None:
+            self._held = []
+
+    def release(self) -> None:
+        """Say what was held. Blocks as every message may; raises NotifyError."""
+        held, self._held = self._held or [], None
+        try:
+            for message, fds in held:
+                self._send(message, fds)
+        finally:
+            for _, fds in held:
+                for fd in fds:
+                    os.close(fd)
 
     def store(self, name: str, descriptors: Iterable[int]) -> None:
         """Have the manager keep these for our successor, under `name`.
@@ -99,6 +122,10 @@ class Notifier:
 
     def _send(self, message: str, descriptors: list[int] | None = None) -> None:
         if self.address is None:
+            return
+        if self._held is not None:
+            # Copies: the caller may close what it has named.
+            self._held.append((message, [os.dup(fd) for fd in descriptors or []]))
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             # A manager that is busy (reloading its units) fills its queue up.

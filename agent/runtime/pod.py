@@ -3,11 +3,12 @@
 What belongs to a pod: its namespace's descriptor, six listeners, its place in
 the kernel's maps, and the forwarder's task. `pods.py` decides when it comes
 and goes; here is how. Methods named `..._blocking` enter the namespace or
-talk to the kernel, and run in a thread under the datapath lock.
+talk to the kernel, and run in a thread under the manager's lock.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -42,6 +43,9 @@ class PodServer(Protocol):
     async def serve(self, pod: LocalPod, listeners: Listeners) -> None:
         """Carry the pod's connections until cancelled."""
 
+    def drain(self, pods: Iterable[str] | None = None) -> None:
+        """Have the tunnels of these pods say GOAWAY and end with their last streams."""
+
 
 @dataclass(slots=True, eq=False)
 class Pod:
@@ -58,6 +62,8 @@ class Pod:
     kernel: AttachedPod | None = None
     local: LocalPod | None = None
     """The pod as the forwarder sees it."""
+    retired: bool = False
+    """A successor has its listeners: none may be opened or registered any more."""
     _netns: Netns | None = None
     _listeners: Listeners = field(default_factory=dict)
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -134,8 +140,20 @@ class Pod:
                         self.reason = f"{type(error).__name__}: {error}"
                         log.error("forwarder of a pod failed", cause=error, pod=self.key)
                     await self._reopen(steering, lock, store)
+                    if self.retired:
+                        return
         finally:
             self._ended.set()
+
+    def descriptors(self) -> Iterator[tuple[str, int]]:
+        """Namespace and listeners, under the names by which a successor finds them."""
+        if self._netns is not None:
+            yield from FdStore.named(self.key, self._netns, self._listeners)
+
+    def retire(self) -> None:
+        """A successor accepts: let go of the listeners, and carry what there is to its end."""
+        self.retired = True
+        close_all(self._listeners)
 
     def cancel(self) -> None:
         """Begin the end: the forwarder takes leave."""
@@ -162,6 +180,8 @@ class Pod:
         while self.reason:
             await trio.sleep(SERVE_RETRY_S)
             async with lock:
+                if self.retired:
+                    return
                 try:
                     await trio.to_thread.run_sync(self._reopen_blocking, steering, store)
                 except (MeshbpfError, OSError) as error:

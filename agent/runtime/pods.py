@@ -4,7 +4,7 @@ Order is everything here. An attach opens the listeners, lets the kernel
 capture (which registers the listeners first), starts the forwarder and then
 writes the attachment down; killed in between, the next start finds pins
 without a record and lifts them. A detach lifts the capture, ends the
-forwarder and then forgets. All changes go one at a time under the datapath
+forwarder and then forgets. All changes go one at a time under one
 lock: the kernel side is blocking and runs in a thread.
 
 A pod that fails stays in the list with its reason and is tried again; it
@@ -14,7 +14,8 @@ is gone stays too, waiting for the next of its name (`named_pods.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -61,7 +62,6 @@ class PodManager:
         path: Path,
         *,
         steering: Steering,
-        datapath_lock: trio.Lock,
         certificates: CertificateStore,
         server: PodServer,
         mesh: Callable[[], Snapshot],
@@ -77,13 +77,14 @@ class PodManager:
         self._store = store
         self._path = path
         self._steering = steering
-        self._lock = datapath_lock
+        self._lock = trio.Lock()
         self._certificates = certificates
         self._server = server
         self._mesh = mesh
         self._nursery = nursery
         self._pods: dict[str, Pod] = {}
-        self._stopping = False
+        self._stopping: MeshbpfError | None = None
+        """What requests that come too late are told."""
 
     def __len__(self) -> int:
         return len(self._pods)
@@ -223,22 +224,52 @@ class PodManager:
                 self._certificates.hold(fresh, pod.key)
                 self._certificates.release(old, pod.key)
 
-    def any_open(self) -> bool:
-        """Whether some pod talks past the mesh while no agent runs."""
-        return any(pod.attachment.on_agent_down == "open" for pod in self._pods.values())
-
     def any_kept(self) -> bool:
         """Whether a successor will find listeners of ours, with connections that wait."""
         return any(self._store.keeps(key) for key in self._pods)
 
     async def stop_serving(self) -> None:
         """End the forwarders at the agent's end: the attachments remain."""
-        self._stopping = True
+        self._stopping = self._stopping or MeshbpfError(
+            "stopping", "the agent is stopping", "ask the one that comes next"
+        )
         async with self._lock:
             for pod in self._pods.values():
                 pod.cancel()  # all at once, then wait for each
             for pod in self._pods.values():
                 await pod.end()
+
+    # --- handing over ---------------------------------------------------------
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        """For the time of the block no pod comes, goes, or changes."""
+        async with self._lock:
+            self._refuse_when_stopping()
+            yield
+
+    def descriptors(self) -> Iterator[tuple[str, int]]:
+        """Namespaces and listeners of all pods, under the names that a successor knows."""
+        for pod in self._pods.values():
+            yield from pod.descriptors()
+
+    def retire(self) -> None:
+        """A successor has taken the pods over: carry what there is, change nothing."""
+        self._stopping = MeshbpfError(
+            "replaced", "another agent has taken over meanwhile", "ask again: it will answer"
+        )
+        for pod in self._pods.values():
+            pod.retire()
+
+    async def watch_retired(self) -> None:
+        """Let go of pods whose namespace went away, until cancelled: we hold it open."""
+        while True:
+            for pod in self.list():
+                if not pod.waiting and not pod.attachment.still_there():
+                    del self._pods[pod.key]
+                    self._certificates.release(pod.identity, pod.key)
+                    await pod.end()
+            await trio.sleep(WATCH_S)
 
     # --- pods by name, for whoever watches the runtime -----------------------
 
@@ -262,7 +293,7 @@ class PodManager:
         """The runtime has a pod under a name that was attached, in another life: attach it."""
         async with self._lock:
             old = self._pods.get(key)
-            if self._stopping or old is None or not old.attachment.by_name:
+            if self._stopping is not None or old is None or not old.attachment.by_name:
                 return
             if where.sandbox == old.attachment.sandbox and not old.waiting:
                 return
@@ -349,6 +380,8 @@ class PodManager:
 
     async def _stop(self, pod: Pod) -> None:
         """Lift the capture, end the forwarder, forget. Raises MeshbpfError before any of it."""
+        # Lifting the capture destroys sockets: peers are told before that.
+        self._server.drain([pod.key])
         await trio.to_thread.run_sync(self._steering.detach, pod.key)
         if self._carrier is not None and pod.local is not None:
             self._carrier.remove(pod.local.index)
@@ -410,8 +443,8 @@ class PodManager:
             ) from error
 
     def _refuse_when_stopping(self) -> None:
-        if self._stopping:
-            raise MeshbpfError("stopping", "the agent is stopping", "ask the one that comes next")
+        if self._stopping is not None:
+            raise self._stopping
 
     def _refuse_taken(self, wanted: Attachment) -> None:
         """Two pods in one namespace would be two identities for the same packets."""

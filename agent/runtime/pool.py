@@ -114,6 +114,11 @@ class TunnelPool:
         entry.tunnel = tunnel
         return tunnel
 
+    def drain(self) -> None:
+        """Hand out no stream of the tunnels there are: each ends with its last."""
+        for tunnel in [each.tunnel for each in self._entries.values() if each.tunnel is not None]:
+            tunnel.drain()
+
     def statistics(self) -> PoolStatistics:
         """For `status`."""
         tunnels = [each.tunnel for each in self._entries.values() if each.tunnel is not None]

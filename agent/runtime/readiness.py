@@ -10,6 +10,8 @@ import socket
 from collections.abc import Callable
 from http import HTTPStatus
 
+import trio
+
 from meshbpf.agent.runtime import httpd
 from meshbpf.agent.runtime.httpd import Request, Response
 
@@ -50,13 +52,15 @@ def open_listener(port: int) -> socket.socket:
     return httpd.open_listener(port, "readiness")
 
 
-async def serve(listener: socket.socket, readiness: Readiness) -> None:
-    """Answer until cancelled; closes the listener."""
+async def serve(
+    listener: socket.socket, readiness: Readiness, clients: trio.Nursery | None = None
+) -> None:
+    """Answer until cancelled; closes the listener. `clients` as in `httpd.serve`."""
 
     async def handle(request: Request) -> Response:
         return answer(request, readiness)
 
-    await httpd.serve([listener], handle, client_s=CLIENT_S)
+    await httpd.serve([listener], handle, clients, client_s=CLIENT_S)
 
 
 def answer(request: Request, readiness: Readiness) -> Response:

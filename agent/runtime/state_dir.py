@@ -84,6 +84,29 @@ class StateDir:
             raise
         return cls(path, agent_id, lock_fd)
 
+    @classmethod
+    def inherit(cls, path: Path, lock_fd: int) -> StateDir:
+        """The directory of a predecessor, whose lock came with `lock_fd`.
+
+        Both have it while both live: it is one open file. Raises ConfigError
+        when the lock is another directory's.
+        """
+        try:
+            ours, theirs = os.stat(path / "lock"), os.fstat(lock_fd)
+        except OSError as error:
+            raise _moved(path) from error
+        if (ours.st_dev, ours.st_ino) != (theirs.st_dev, theirs.st_ino):
+            raise _moved(path)
+        return cls(path, _agent_id(path / "agent-id"), lock_fd)
+
+    def sign(self) -> None:
+        """Write our process id into the lock, for whoever finds it held."""
+        _sign(self.lock_fd)
+
+    def predecessor_socket(self, pid: int) -> Path:
+        """Where a predecessor that still drains can be asked."""
+        return self.path / f"predecessor-{pid}.sock"
+
     def close(self) -> None:
         """Drop the lock. The directory stays."""
         os.close(self.lock_fd)
@@ -120,8 +143,20 @@ def _lock(fd: int, path: Path) -> None:
             f"another agent{f' (pid {holder})' if holder else ''} uses the state directory {path}",
             "stop it first, or give this one a --state-dir of its own",
         ) from error
+    _sign(fd)
+
+
+def _sign(fd: int) -> None:
     os.ftruncate(fd, 0)
     os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+
+
+def _moved(path: Path) -> ConfigError:
+    return ConfigError(
+        "other-state-dir",
+        f"{path} is not the state directory of the agent that runs",
+        "a reload keeps the state directory: restart the agent to move it",
+    )
 
 
 def _agent_id(path: Path) -> str:

@@ -24,6 +24,9 @@ STATUS_S = 5.0
 TURNS_PER_WATCHDOG = 4
 """Three lost turns are no reason to end an agent."""
 
+STOP_MARGIN_S = 10.0
+"""What an end takes beyond its draining, at most."""
+
 log = Log("supervised")
 
 
@@ -37,8 +40,16 @@ class Supervised(Protocol):
         """Whether the kernel side does its part. Called in a thread; may raise MeshbpfError."""
 
 
-async def tell(notifier: Notifier, agent: Supervised) -> None:
-    """Say that the agent is ready, then keep the manager informed until cancelled."""
+async def tell(
+    notifier: Notifier,
+    agent: Supervised,
+    ends_within_s: Callable[[], float | None] = lambda: 0.0,
+) -> None:
+    """Say that the agent is ready, then keep the manager informed until cancelled.
+
+    Then the end has begun, which takes `ends_within_s` at most; None: not the
+    service's, for a successor is the service.
+    """
     if not notifier.listens:
         return
     status = agent.status_line()
@@ -49,10 +60,11 @@ async def tell(notifier: Notifier, agent: Supervised) -> None:
     try:
         await _keep_telling(notifier, agent, status, pause)
     finally:
-        # Cancelled, the end has begun. At once and not in a thread: this is no
-        # place to wait for one.
+        # At once and not in a thread: this is no place to wait for one.
+        within_s = ends_within_s()
         try:
-            notifier.stopping("stopping")
+            if within_s is not None:
+                notifier.stopping("stopping", within_s)
         except NotifyError as error:
             log.error("service manager cannot be told", cause=error)
 

@@ -17,7 +17,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ParamSpec
 
 import trio
@@ -26,8 +25,10 @@ from h2.errors import ErrorCodes
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.runtime import native, reactor
+from meshbpf.agent.runtime.farewell import Farewell
 from meshbpf.agent.runtime.scratch import SCRATCH, Layout
 from meshbpf.agent.runtime.stream import TunnelStream
+from meshbpf.agent.runtime.tunnel_parts import TunnelParts, TunnelStatistics, reset_reason
 from meshbpf.agent.wire.errors import PeerError, TlsError, WireError
 from meshbpf.agent.wire.events import (
     DataReceived,
@@ -56,27 +57,6 @@ SMALL_BYTES = 16 * 1024
 """A chunk up to this waits for others of the same round, to leave with one send."""
 BACKLOG_LIMIT_BYTES = 4 * 1024 * 1024
 """Only a peer that makes us answer and never reads gets here."""
-
-
-@dataclass(frozen=True, slots=True)
-class TunnelStatistics:
-    """A tunnel at one moment."""
-
-    streams: int
-    backlog_bytes: int
-    pooled: bool
-    going_away: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TunnelParts:
-    """A tunnel's inside, for native.py alone: the C code works on the same objects."""
-
-    tls: tuple[int, int, int] | None
-    wire: HboneConnection
-    turn: dict[TunnelStream, None]
-    backlog: deque[memoryview]
-    fast: dict[int, native.Handle]
 
 
 class Tunnel:
@@ -119,7 +99,7 @@ class Tunnel:
         self._transmitting = False
         """`_transmit_all` will be called at the end of this round."""
         self._ending = False
-        self._end_reason = "the tunnel was closed"
+        self._farewell = Farewell(sock, self._backlog, self._scope, self._say_goodbye)
         self._sock_ended = False
         """The socket has its end, or an error, to read: a short read is not the last."""
         self._heard = True
@@ -139,7 +119,7 @@ class Tunnel:
     @property
     def usable(self) -> bool:
         """Whether a stream can be opened."""
-        return not self.closed and not self._wire.going_away
+        return not (self.closed or self._farewell.parting or self._wire.going_away)
 
     @property
     def stream_count(self) -> int:
@@ -191,11 +171,22 @@ class Tunnel:
         """The pool hands out no more streams: end with the last one."""
         self.pooled = False
         if not self._streams:
-            self.close("it was idle")
+            self._farewell.part("it was idle")
+
+    def drain(self) -> None:
+        """Take no more streams and end with the last one; clients learn it by GOAWAY."""
+        if self.closed or self._ending or self._farewell.draining:
+            return
+        self._farewell.draining = True
+        if self._server:
+            self._wire.wind_down(os.urandom(8))
+            self._send_control()
+        else:
+            self._leave_pool()
 
     def close(self, reason: str) -> None:
         """End the tunnel now; `run` says goodbye and returns."""
-        self._end_reason = reason
+        self._farewell.reason = reason
         self._ending = True
         self._scope.cancel()
 
@@ -334,14 +325,14 @@ class Tunnel:
                 await self._keep_alive()
             code = ErrorCodes.NO_ERROR
             if self._fault is not None:
-                self._end_reason = str(self._fault)
+                self._farewell.reason = str(self._fault)
                 log.info("tunnel with %s ended: %s", self._peer_name(), self._fault)
                 if isinstance(self._fault, PeerError):
                     code = self._fault.error_code
             self._say_goodbye(code)
         except trio.Cancelled:
-            self._end_reason = "the agent is shutting down"
-            self._say_goodbye(ErrorCodes.NO_ERROR)
+            self._farewell.reason = "the agent is shutting down"
+            self._say_goodbye()
             raise
         finally:
             self._finish()
@@ -356,7 +347,7 @@ class Tunnel:
         self._sock.close()
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.on_reset(self._end_reason)
+            stream.on_reset(self._farewell.reason)
         self._turn.clear()
         self._windowless.clear()
 
@@ -419,6 +410,11 @@ class Tunnel:
     def _act(self, plaintext: memoryview) -> None:
         for event in self._wire.receive(plaintext):
             self._on_event(event)
+        self._linger_if_drained()
+
+    def _linger_if_drained(self) -> None:
+        if self._farewell.draining and not self._streams and self._wire.going_away:
+            self._farewell.linger()
 
     def _peer_ended(self, stream_id: int) -> None:
         for event in self._wire.peer_ended(stream_id):
@@ -450,7 +446,7 @@ class Tunnel:
             case StreamReset(stream_id, error_code, by_peer):
                 if (stream := self._streams.get(stream_id)) is not None:
                     self._drop(stream)
-                    stream.on_reset(_reset_reason(error_code, by_peer))
+                    stream.on_reset(reset_reason(error_code, by_peer))
             case GoAwayReceived():
                 if not self._server:
                     self._leave_pool()
@@ -473,8 +469,10 @@ class Tunnel:
         self._windowless.pop(stream, None)
         if self._streams.pop(stream.id, None) is not None and not self._streams:
             self._idle_since = trio.current_time()
-            if not (self._server or self.pooled or self.closed):
-                self.close("its last stream ended")
+            if self._server:
+                self._linger_if_drained()
+            elif not (self.pooled or self.closed):
+                self._farewell.part("its last stream ended")
 
     # --- sending ------------------------------------------------------------
 
@@ -499,6 +497,8 @@ class Tunnel:
             self._guarded(self._transmit_now)
 
     def _transmit_now(self) -> None:
+        if self._farewell.said:
+            self._wire.out.clear()
         if self._wire.out:
             self._encrypt_control()
         self._transmit()
@@ -542,6 +542,7 @@ class Tunnel:
                 backlog.popleft()
             else:
                 backlog[0] = backlog[0][sent:]
+        self._farewell.flushed()
         self.pass_turn()
 
     def pass_turn(self) -> None:
@@ -578,8 +579,10 @@ class Tunnel:
             self._on_unusable(self)
         self.release()
 
-    def _say_goodbye(self, error_code: ErrorCodes) -> None:
+    def _say_goodbye(self, error_code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
         """GOAWAY and close_notify, as far as the socket takes them without waiting."""
+        if self._farewell.said:
+            return
         try:
             self._wire.go_away(error_code)
             self._transmit_now()
@@ -590,11 +593,3 @@ class Tunnel:
 
     def _peer_name(self) -> str:
         return str(self._channel.peer)
-
-
-def _reset_reason(error_code: int, by_peer: bool) -> str:
-    try:
-        name = ErrorCodes(error_code).name
-    except ValueError:
-        name = str(error_code)
-    return f"the {'peer' if by_peer else 'agent'} reset the stream ({name})"

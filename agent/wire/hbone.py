@@ -131,6 +131,8 @@ class HboneConnection:
         """The peer's limit on streams that we open."""
         self.going_away = False
         """Either side has said GOAWAY: no new streams."""
+        self._last_words = b""
+        """The PING whose answer ends `wind_down`; empty before."""
         self.out = bytearray()
         """What is to be sent next. The driver empties it."""
 
@@ -254,8 +256,18 @@ class HboneConnection:
         """Take no new streams; those that are open go on unless the driver closes."""
         self.going_away = True
         last = self._highest_seen if self._server else 0
-        payload = last.to_bytes(4, "big") + int(error_code).to_bytes(4, "big")
-        self.out += header(len(payload), FrameType.GOAWAY, 0, 0) + payload
+        self._say_goaway(last, error_code)
+
+    def wind_down(self, ping: bytes) -> None:
+        """Server: have the client open no more streams, and refuse none that is on its way.
+
+        RFC 9113, 6.8: the highest of all ids first. The answer to `ping` (8
+        bytes) shows that the client has read it; then the true id follows,
+        and `going_away` is set.
+        """
+        self._last_words = ping
+        self._say_goaway(_HIGHEST_STREAM_ID, ErrorCodes.NO_ERROR)
+        self.ping(ping)
 
     # --- receiving --------------------------------------------------------
 
@@ -401,6 +413,8 @@ class HboneConnection:
                 case h2.events.RemoteSettingsChanged():
                     events.append(self._on_settings(event))
                 case h2.events.PingAckReceived():
+                    if self._last_words and event.ping_data == self._last_words:
+                        self.go_away(ErrorCodes.NO_ERROR)
                     events.append(PingAnswered())
                 case _:
                     pass  # answered by h2 itself (PING, our SETTINGS acknowledged)
@@ -541,6 +555,10 @@ class HboneConnection:
     def _window_update(self, stream_id: int, increment: int) -> None:
         self.out += header(4, FrameType.WINDOW_UPDATE, 0, stream_id)
         self.out += increment.to_bytes(4, "big")
+
+    def _say_goaway(self, last: int, error_code: ErrorCodes) -> None:
+        payload = last.to_bytes(4, "big") + int(error_code).to_bytes(4, "big")
+        self.out += header(len(payload), FrameType.GOAWAY, 0, 0) + payload
 
     def _forget(self, stream_id: int) -> None:
         self._streams.pop(stream_id, None)

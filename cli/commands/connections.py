@@ -55,9 +55,14 @@ def command(
 
 
 def view(result: ConnectionsResult) -> str:
-    """One connection a line; UPSTREAM is what the agent dialed, if it carries the connection."""
+    """One connection a line; UPSTREAM is what the agent dialed, if it carries it.
+
+    AGENT is there while a predecessor drains: its process id.
+    """
+    replaced = any(connection.agent for connection in result.connections)
     return table(
         (
+            *(("AGENT",) if replaced else ()),
             "DIRECTION",
             "POD",
             "SOURCE",
@@ -70,7 +75,10 @@ def view(result: ConnectionsResult) -> str:
             "RECEIVED",
             "AGE",
         ),
-        (_row(connection) for connection in result.connections),
+        (
+            (*((str(connection.agent or "-"),) if replaced else ()), *_row(connection))
+            for connection in result.connections
+        ),
     )
 
 

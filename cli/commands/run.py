@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import click
 
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.handover import Channel
 from meshbpf.cli.options import Session, common_options, pass_session
 from meshbpf.cli.run_options import resolved, run_options, settings_of
 
@@ -23,9 +26,15 @@ def command(session: Session, /, **given: Any) -> int:
     stderr. Ready means: the log says so, `meshbpf status` exits 0, and GET
     /healthz/ready answers 200.
     """
-    settings = settings_of(resolved(session, given))
-    # Only this command pays for trio, OpenSSL and the loader.
-    from meshbpf.agent.runtime.app import run
+    predecessor = Channel.inherited(os.environ)
+    try:
+        settings = settings_of(resolved(session, given))
+        # Only this command pays for trio, OpenSSL and the loader.
+        from meshbpf.agent.runtime.app import run
 
-    status: int = run(settings)
+        status: int = run(settings, predecessor)
+    except MeshbpfError as error:
+        if predecessor is not None:
+            predecessor.fail(error)
+        raise
     return status

@@ -64,6 +64,11 @@ def _facts(status: StatusResult) -> Iterator[tuple[str, CellLike]]:
         ),
     )
     yield "connections", str(status.connections)
+    if status.draining_until is not None:
+        yield "draining", Cell(f"until {moment(status.draining_until)}", Style.WARN)
+    for old in status.predecessors:
+        ends = f", until {moment(old.ends_at)}" if old.ends_at is not None else ""
+        yield "predecessor", f"pid {old.pid} drains {count(old.connections, 'connection')}{ends}"
     yield from _state(status.state)
     beat = status.heartbeat
     yield "lease", f"{beat.lease_s:g} s{'' if status.state.healthy else ', not extended'}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import msgspec
+
 from meshbpf.agent import api
 
 NOW = datetime(2026, 3, 14, 15, 9, 26, tzinfo=UTC)
@@ -41,6 +43,18 @@ STATUS = api.StatusResult(
         "steering": {"pods": 2, "prefixes": 9},
         "forwarder": {"opened": 120, "refused": 3, "handshake_s": 0.0125},
     },
+)
+
+STATUS_RELOADED = msgspec.structs.replace(
+    STATUS,
+    predecessors=(
+        api.PredecessorInfo(pid=4710, connections=7, ends_at=NOW + timedelta(minutes=15)),
+        api.PredecessorInfo(pid=4702, connections=1, ends_at=None),
+    ),
+)
+
+RELOADED = api.ReloadResult(
+    pid=4712, version="0.2.0", predecessor=4711, connections=12, took_s=1.412
 )
 
 STATUS_NOT_READY = api.StatusResult(

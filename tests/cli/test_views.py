@@ -16,6 +16,8 @@ from tests.cli import samples
 VIEWS: tuple[tuple[str, str, Result, tuple[str, ...]], ...] = (
     ("status-ready", "status", samples.STATUS, ("status",)),
     ("status-not-ready", "status", samples.STATUS_NOT_READY, ("status",)),
+    ("status-reloaded", "status", samples.STATUS_RELOADED, ("status",)),
+    ("reloaded", "reload", samples.RELOADED, ("reload",)),
     ("pods", "pods", samples.PODS, ("pods",)),
     ("pods-none", "pods", samples.NO_PODS, ("pods",)),
     ("pods-of-a-namespace", "pods", samples.PODS, ("pods", "-n", "default")),

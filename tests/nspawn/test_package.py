@@ -86,7 +86,7 @@ def test_installed_removed_and_purged_it_leaves_the_machine_as_it_was(fresh: Nod
 
 
 @pytest.mark.slow
-def test_an_upgrade_under_traffic_refuses_no_connection(node: Node) -> None:
+def test_an_upgrade_under_traffic_ends_no_connection(node: Node) -> None:
     """Another agent, the same pods, and a configuration that a person changed stays."""
     old = node.property("MainPID")
     node.shell(
@@ -95,15 +95,15 @@ def test_an_upgrade_under_traffic_refuses_no_connection(node: Node) -> None:
         "dpkg-deb -Znone -b next next.deb; rm -r next"
     )
     node.write("/etc/meshbpf/config.yaml", node.read("/etc/meshbpf/config.yaml") + "# ours\n")
-    with Traffic(node, "--every", "0.05") as traffic:
+    with Traffic(node, "--streams", "10", "--every", "0.05") as traffic:
         node.run("dpkg", "--force-confdef", "-i", "/var/tmp/next.deb")
         done = time.monotonic()
         time.sleep(0.5)
         report = traffic.finish()
     assert node.property("MainPID") not in ("0", old)
     assert node.property("ActiveState") == "active"
-    assert [one for one in report.attempts if not one.connected] == []
-    assert len([one for one in report.attempts if one.error]) <= 3, "those in flight"
+    assert [one.error for one in report.attempts if one.error] == []
+    assert [one.error for one in report.streams if one.error] == []
     assert any(one.answered > done for one in report.attempts)
     assert attached(node) == {WEB.key: "attached", SHOP.key: "attached"}
     assert node.read("/etc/meshbpf/config.yaml").endswith("# ours\n")

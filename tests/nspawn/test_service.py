@@ -43,6 +43,8 @@ def test_the_service_is_active_when_the_agent_is_ready(node: Node) -> None:
 
 def test_a_restart_refuses_no_connection(node: Node) -> None:
     """Old ones that the agent carries end; direct ones do not; every new one is served."""
+    drop_in(node, "[Service]\nEnvironment=MESHBPF_TERMINATION_DEADLINE=1s\n")
+    node.systemctl("restart", "meshbpf.service")
     old = main_pid(node)
     with Traffic(
         node, "--streams", str(STREAMS), "--direct", str(EXEMPT), "--every", "0.02"
@@ -67,9 +69,61 @@ def test_a_restart_refuses_no_connection(node: Node) -> None:
     assert len(waited) > 50
     assert len(report.streams) == STREAMS
     assert all(stream.blocks for stream in report.streams)
-    assert all(began < stream.ended < done + 0.5 for stream in report.streams)
+    assert all(began + 1.0 < stream.ended < done + 0.5 for stream in report.streams)
     assert [stream.error for stream in report.direct if stream.error] == []
     assert all(stream.blocks for stream in report.direct)
+
+
+def test_a_reload_ends_no_connection_and_refuses_none(node: Node) -> None:
+    """The service is another process afterwards, and the old one ends with its streams."""
+    drop_in(node, "[Service]\nWatchdogSec=3s\n")
+    node.systemctl("restart", "meshbpf.service")
+    old = main_pid(node)
+    with Traffic(node, "--streams", str(STREAMS), "--every", "0.02") as traffic:
+        time.sleep(0.5)
+        began = time.monotonic()
+        node.systemctl("reload", "meshbpf.service")
+        done = time.monotonic()
+        new = main_pid(node)
+        assert new not in (0, old)
+        assert {old, new} <= set(processes(node)), "the old one drains"
+        assert node.property("ActiveState") == "active"
+        assert node.property("StatusText").startswith("2 pods, ")
+        time.sleep(4.0)  # longer than the watchdog waits: it hears the new one
+        report = traffic.finish()
+    print(f"reload took {done - began:.2f} s, {len(report.attempts)} new connections")
+    assert [stream.error for stream in report.streams if stream.error] == []
+    assert all(stream.blocks for stream in report.streams)
+    assert [one.error for one in report.attempts if one.error] == []
+    assert [one for one in report.attempts if began < one.began < done]
+    eventually("the old one has ended", lambda: old not in processes(node), 15.0)
+    assert (main_pid(node), node.property("NRestarts")) == (new, "0")
+    assert node.property("NFileDescriptorStore") == "14"
+    assert dial(node) == "ok"
+    node.systemctl("kill", "--kill-who=main", "--signal=KILL", "meshbpf.service")
+    eventually("systemd is its parent: it notices", lambda: main_pid(node) not in (0, new), 15.0)
+    wait_active(node)
+    assert dial(node) == "ok"
+
+
+def test_a_reload_that_fails_says_why_and_changes_nothing(node: Node) -> None:
+    before = main_pid(node)
+    config = node.read("/etc/meshbpf/config.yaml")
+    node.write("/etc/meshbpf/config.yaml", config + "lease: soon\n")
+    try:
+        assert node.run("systemctl", "reload", "meshbpf.service", check=False).returncode != 0
+        assert "lease: 'soon' is not a duration" in node.journal()
+    finally:
+        node.write("/etc/meshbpf/config.yaml", config)
+    assert (main_pid(node), node.property("ActiveState")) == (before, "active")
+    assert dial(node) == "ok"
+
+
+def processes(node: Node) -> list[int]:
+    """Everything of the unit that runs."""
+    group = node.property("ControlGroup")
+    command = f"cat /sys/fs/cgroup{group}/cgroup.procs /sys/fs/cgroup/systemd{group}/cgroup.procs"
+    return [int(pid) for pid in node.shell(f"{command} 2>/dev/null || true").split()]
 
 
 def test_a_stop_applies_the_fail_mode_at_once(node: Node) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
@@ -9,6 +11,7 @@ from hyperframe import frame as hf
 
 from meshbpf.agent.wire.events import (
     GoAwayReceived,
+    PingAnswered,
     RequestReceived,
     SendWindowOpened,
     SettingsReceived,
@@ -395,6 +398,30 @@ def test_our_goaway_refuses_new_streams_only(serving: Playbook) -> None:
         << Away(1, ErrorCodes.NO_ERROR)
         >> Head(3, CONNECT)
         << Reset(3, ErrorCodes.REFUSED_STREAM)
+        >> Body(1, b"goes on")
+        << Got(1, b"goes on")
+    )
+
+
+@pytest.mark.compat
+def test_winding_down_refuses_no_stream_that_was_on_its_way(serving: Playbook) -> None:
+    """RFC 9113, 6.8: the highest id, then, once the client has read it, the true one."""
+    assert (
+        serving
+        >> Call("wind_down", b"lastping")
+        << Away(2**31 - 1, ErrorCodes.NO_ERROR)
+        << Ping(b"lastping")
+        >> Head(3, CONNECT)
+        << replace(REQUEST, stream_id=3)
+        >> Ping(b"another1", ack=True)
+        << PingAnswered()
+        >> Head(5, CONNECT)
+        << replace(REQUEST, stream_id=5)
+        >> Ping(b"lastping", ack=True)
+        << PingAnswered()
+        << Away(5, ErrorCodes.NO_ERROR)
+        >> Head(7, CONNECT)
+        << Reset(7, ErrorCodes.REFUSED_STREAM)
         >> Body(1, b"goes on")
         << Got(1, b"goes on")
     )

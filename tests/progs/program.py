@@ -137,6 +137,40 @@ class Program:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+class Adopted:
+    """A process that another one has started in its own place, with its log."""
+
+    def __init__(self, directory: Path, pid: int, log: Path) -> None:
+        self.pid, self.log = pid, log
+        self._began = _start_time(pid)
+        self._record = directory / "pids" / str(pid)
+        self._record.write_text(self._began)
+
+    @property
+    def running(self) -> bool:
+        return bool(self._began) and _start_time(self.pid) == self._began
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def end(self, number: signal.Signals = signal.SIGTERM, limit_s: float = 10.0) -> int:
+        """As Program's; how it ended is known to its parent alone, so 0 stands for "in time"."""
+        status = 0
+        if self.running:
+            self.send(number)
+            try:
+                eventually("it ends", lambda: not self.running, limit_s)
+            except BedError:
+                self.send(signal.SIGKILL)
+                eventually("it is killed", lambda: not self.running, limit_s)
+                status = -signal.SIGKILL
+        self._record.unlink(missing_ok=True)
+        return status
+
+    def tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
 def _start_time(pid: int) -> str:
     """When the process began, in clock ticks: with its number, its name for good.
 

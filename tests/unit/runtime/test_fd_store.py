@@ -133,6 +133,7 @@ def test_fresh_listeners_replace_the_ones_that_were_kept(manager: Manager, netns
     store = manager.store()
     with listener() as old, listener() as new:
         store.keep(POD, netns, {(Role.INBOUND, socket.AF_INET): old})
+        manager.settle()  # a queue may be as short as ten (net.unix.max_dgram_qlen)
         store.keep(POD, netns, {(Role.INBOUND, socket.AF_INET): new})
         taken = manager.store().take(POD, netns)[Role.INBOUND, socket.AF_INET]
         with taken:

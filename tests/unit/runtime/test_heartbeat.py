@@ -61,6 +61,15 @@ def test_a_successor_gets_a_beat_dated_ahead_and_what_is_left_of_the_lease() -> 
     assert not it.heartbeat.beating
 
 
+def test_whoever_renounces_is_dead_to_the_kernel_at_once() -> None:
+    it = Fixture()
+    it.heartbeat.beat_once()
+    it.heartbeat.renounce(0.5)
+    assert it.kernel.ahead_s < -0.5
+    assert it.kernel.leases == [60.0, 60.0], "what is outside the mesh is believed on"
+    assert not it.heartbeat.beating
+
+
 def test_with_a_sick_source_the_lease_runs_out_and_never_below_zero() -> None:
     it = Fixture()
     it.heartbeat.beat_once()

@@ -153,3 +153,31 @@ def test_descriptors_come_back_by_name_and_only_to_us() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     os.close(read)
     os.close(write)
+
+
+def test_what_is_held_is_said_in_order_once_the_manager_listens(manager: Manager) -> None:
+    notifier = manager.notifier()
+    notifier.hold()
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        address = sock.getsockname()
+        notifier.store("kept", [sock.fileno()])
+    notifier.ready("1 pod")
+    manager.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        manager.receive()
+    manager.socket.settimeout(2.0)
+    notifier.release()
+    said, (fd,) = manager.receive()
+    assert said == {"FDSTORE": "1", "FDNAME": "kept"}
+    with socket.socket(fileno=fd) as kept:
+        assert kept.getsockname() == address, "closed by its owner, and kept all the same"
+    assert manager.receive()[0]["READY"] == "1"
+    notifier.alive()
+    assert manager.receive()[0] == {"WATCHDOG": "1"}
+
+
+def test_the_end_asks_for_the_time_that_it_needs(manager: Manager) -> None:
+    manager.notifier().stopping("stopping", 15.0)
+    assert manager.receive()[0]["EXTEND_TIMEOUT_USEC"] == "15000000"
+    manager.notifier().main_pid(77)
+    assert manager.receive()[0] == {"MAINPID": "77"}

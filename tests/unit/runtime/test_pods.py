@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -62,6 +62,8 @@ def netns() -> Iterator[Callable[[str], Path]]:
 
     def make(name: str) -> Path:
         full = f"{TAG}-{name}"
+        if (Path("/run/netns") / full).exists():  # a killed run has left it
+            subprocess.run(["ip", "netns", "del", full], check=True)
         subprocess.run(["ip", "netns", "add", full], check=True)
         made.append(full)
         subprocess.run(["ip", "-n", full, "link", "set", "lo", "up"], check=True)
@@ -128,7 +130,8 @@ class Kernel:
 class Server:
     """Stands for the forwarder: serves until cancelled, or fails when told."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
         self.serving: list[str] = []
         self.started = 0
         self.fails = 0
@@ -144,6 +147,9 @@ class Server:
             await trio.sleep_forever()
         finally:
             self.serving.remove(f"{pod.key} as {pod.service_account}")
+
+    def drain(self, pods: Iterable[str] | None = None) -> None:
+        self.calls += [f"drain {key}" for key in pods or ()]
 
 
 def workload(name: str, account: str) -> Workload:
@@ -162,7 +168,7 @@ class Node:
 
     def __init__(self, directory: Path, kernel: Kernel, nursery: trio.Nursery) -> None:
         self.kernel = kernel
-        self.server = Server()
+        self.server = Server(kernel.calls)
         self.path = directory / "attachments.json"
         self.mesh = Snapshot.of(MeshState((workload("a", "shop"), workload("b", "stock"))), 1)
         folder = Path("/nowhere")
@@ -175,7 +181,6 @@ class Node:
             settings,
             self.path,
             steering=cast("Steering", kernel),
-            datapath_lock=trio.Lock(),
             certificates=self.certificates,
             server=self.server,
             mesh=lambda: self.mesh,
@@ -269,6 +274,56 @@ async def test_an_attach_that_cannot_be_written_down_is_undone(
         assert caught.value.code == "attachments-not-saved"
         assert (it.states(), it.server.serving, it.kernel.pods) == ({}, [], {})
         assert (await it.attach("a", path)).outcome == "attached"
+
+
+@pytest.mark.compat
+async def test_peers_are_told_before_the_capture_is_lifted(
+    tmp_path: Path, netns: Callable[[str], Path]
+) -> None:
+    """Lifting it destroys the pod's sockets, GOAWAY and all."""
+    async with node(tmp_path) as it:
+        await it.attach("a", netns("a"))
+        await it.pods.detach("web/a")
+        assert it.kernel.calls[-2:] == ["drain web/a", "detach web/a"]
+
+
+async def test_pods_stay_as_they_are_while_they_are_handed_over(
+    tmp_path: Path, netns: Callable[[str], Path]
+) -> None:
+    async with node(tmp_path) as it, trio.open_nursery() as nursery:
+        await it.attach("a", netns("a"))
+        refused: list[str] = []
+
+        async def detach() -> None:
+            try:
+                await it.pods.detach("web/a")
+            except MeshbpfError as error:
+                refused.append(error.code)
+
+        async with it.pods.frozen():
+            nursery.start_soon(detach)
+            await trio.testing.wait_all_tasks_blocked()
+            found = [name.partition("/")[0] for name, _ in it.pods.descriptors()]
+            assert found == ["netns", *["listener"] * 2 * len(Role)]
+            it.pods.retire()
+        await it.until(lambda: bool(refused))
+        assert refused == ["replaced"], "the client asks the new agent"
+        assert it.server.serving == ["web/a as shop"], "what is carried goes on"
+        assert list(it.kernel.pods) == ["web/a"]
+
+
+async def test_a_forwarder_that_fails_after_a_reload_opens_no_listener(
+    tmp_path: Path, netns: Callable[[str], Path]
+) -> None:
+    """It would take them from the successor."""
+    async with node(tmp_path) as it:
+        it.server.fails = 1
+        await it.attach("a", netns("a"))
+        async with it.pods.frozen():
+            before = list(it.kernel.calls)
+            it.pods.retire()
+        await trio.sleep(0.2)
+        assert it.kernel.calls == before
 
 
 async def test_the_same_attach_again_changes_nothing(
@@ -463,7 +518,6 @@ async def test_a_stopping_agent_serves_no_more_but_the_capture_stays(
     async with node(tmp_path) as it:
         path = netns("a")
         await it.attach("a", path, on_agent_down="open")
-        assert it.pods.any_open()
         await it.pods.stop_serving()
         assert it.server.serving == []
         assert "web/a" in it.kernel.pods

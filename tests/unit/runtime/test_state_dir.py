@@ -77,3 +77,27 @@ def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         write_atomically(target, b"new")
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_successor_has_the_same_lock_and_signs_it(tmp_path: Path) -> None:
+    first = StateDir.open(tmp_path)
+    second = StateDir.inherit(tmp_path, os.dup(first.lock_fd))
+    assert second.agent_id == first.agent_id
+    first.close()
+    with pytest.raises(MeshbpfError, match="another agent"):
+        StateDir.open(tmp_path)
+    second.sign()
+    assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    second.close()
+    StateDir.open(tmp_path).close()
+
+
+def test_a_reload_cannot_move_the_state_directory(tmp_path: Path) -> None:
+    first = StateDir.open(tmp_path / "a")
+    other = StateDir.open(tmp_path / "b")
+    with pytest.raises(ConfigError, match="is not the state directory of the agent that runs"):
+        StateDir.inherit(tmp_path / "b", first.lock_fd)
+    with pytest.raises(ConfigError, match="is not the state directory"):
+        StateDir.inherit(tmp_path / "c", first.lock_fd)
+    first.close()
+    other.close()
