@@ -126,6 +126,9 @@ class Kernel:
     def protect(self, sock: socket.socket) -> None:
         assert sock.fileno() >= 0
 
+    def own_sockets_map(self) -> int:
+        raise NotImplementedError
+
 
 class Server:
     """Stands for the forwarder: serves until cancelled, or fails when told."""
