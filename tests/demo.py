@@ -25,7 +25,7 @@ from tests.progs.pod import Family, Pod
 from tests.progs.program import BedError, run_inside
 from tests.progs.server import ECHO, WHOAMI
 from tests.progs.sniffer import Packet, Sniffer
-from tests.testbed import Testbed
+from tests.waypoint.bed import WaypointBed, an_object, route, to, vip
 
 HBONE = 15008
 FAMILIES: tuple[Family, ...] = (4, 6)
@@ -34,7 +34,7 @@ FAMILIES: tuple[Family, ...] = (4, 6)
 class Demo:
     """The steps, in order; each one is a method that fails by BedError."""
 
-    def __init__(self, bed: Testbed) -> None:
+    def __init__(self, bed: WaypointBed) -> None:
         self.bed = bed
         self._steps = 0
         self._began = time.monotonic()
@@ -54,6 +54,9 @@ class Demo:
             pairs = [("n1a", "n2a"), ("n1b", "n2b"), ("n2a", "n1a"), ("n2b", "n1b")]
             self.watch(pairs, {HBONE}, plaintext=False)
         self.no_netfilter()
+        self.waypoint()
+        if "STAY" in os.environ:
+            self.stay()
         self.detach()
         with self.step("Direct traffic again", "the same call as in step 2"):
             self.watch([("n1a", "n2a")], {ECHO}, plaintext=True)
@@ -61,7 +64,7 @@ class Demo:
     # --- steps --------------------------------------------------------------
 
     def topology(self) -> None:
-        with self.step("Two nodes and six pods", "each one is a network namespace"):
+        with self.step("Two nodes and seven pods", "each one is a network namespace"):
             for node in (1, 2):
                 say(f"{self.bed.node_netns(node)}: pods")
                 for pod in self.bed.pods.values():
@@ -154,6 +157,49 @@ class Demo:
                 say(f"{name:<12} {', '.join(said)}")
                 expect(not found, f"{name} has rules")
 
+    def waypoint(self) -> None:
+        bed = self.bed
+        what = "meshbpf waypoint --name apps/waypoint --ca-dir CA --manifests DIR --address IP"
+        with self.step("A waypoint for the service echo, in a pod of its own", what):
+            bed.start_webs()
+            bed.start_waypoint()
+            answer = bed.get("echo-v1")
+            say(
+                f"n1a -> echo-v1 ({vip('echo-v1')}), through the waypoint: {answer.status}, "
+                f"answered by {answer.name}"
+            )
+        split = route("echo", to("echo-v1=70", "echo-v2=30"))
+        with bed.objects(split):
+            with self.step("An HTTPRoute by weight", "70 of 100 to echo-v1, 30 to echo-v2"):
+                count = Counter(bed.get("echo").name for _ in range(100))
+                say(", ".join(f"{name}: {number}" for name, number in sorted(count.items())))
+                expect(set(count) == {"echo-v1", "echo-v2"}, "only two backends have a weight")
+                expect(50 <= count["echo-v1"] <= 90, "the weights do not hold")
+            spec = {
+                "targetRefs": [{"group": "", "kind": "Service", "name": "echo"}],
+                "action": "DENY",
+                "rules": [{"to": [{"operation": {"paths": ["/admin*"]}}]}],
+            }
+            group = "security.istio.io"
+            policy = an_object("AuthorizationPolicy", "no-admin", group=group, spec=spec)
+            what = "an AuthorizationPolicy for the service: DENY /admin*"
+            with bed.objects(policy), self.step("A denied path", what):
+                for path, expected in (("/shop", 200), ("/admin/users", 403), ("/x/../admin", 403)):
+                    status = bed.get("echo", path).status
+                    say(f"n1a -> echo {path:<14}{status}")
+                    expect(status == expected, f"expected {expected}")
+                bed.wait_mesh()
+                asked = ("explain", bed["n1a"].key, f"{vip('echo')}:80", "--path", "/admin/users")
+                for text in bed.agents[1].cli(*asked).stdout.splitlines()[-9:]:
+                    say(text)
+
+    def stay(self) -> None:
+        with self.step("The mesh stays", "from another shell; Ctrl-C here removes it"):
+            say(f"objects: {self.bed.mesh_file.parent}")
+            say(f"n1a:     nsenter --net=/run/netns/{self.bed['n1a'].netns} COMMAND")
+            say(f"echo:    {vip('echo')} port 80")
+            signal.pause()
+
     def detach(self) -> None:
         with self.step("Detach", "meshbpf detach --pod NS/NAME"):
             for pod in self.bed.captured:
@@ -223,7 +269,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _terminated)
     began = time.monotonic()
     try:
-        with Testbed("demo") as bed:
+        with WaypointBed("demo") as bed:
             Demo(bed).run()
     except (BedError, OSError, AssertionError) as error:
         print(f"\ndemo: FAILED: {error}", file=sys.stderr)

@@ -21,7 +21,7 @@ from typing import Any, Self
 import yaml
 
 from tests.progs.inside import inside
-from tests.progs.kube_objects import AMBIENT, pod_object
+from tests.progs.kube_objects import AMBIENT, pod_object, service_object
 from tests.progs.pod import NAMESPACE, Pod
 from tests.progs.program import BedError, Program, eventually
 from tests.testbed import MESHBPF, Testbed
@@ -49,7 +49,7 @@ def a_service(name: str, number: int, **selector: str) -> dict[str, Any]:
     """One more service of the same pods, for a test that has routes of its own."""
     SERVICES[name] = number
     spec = {
-        "selector": {"app": "echo", **selector},
+        "selector": {"group": "echo", **selector},
         "clusterIP": f"198.19.100.{number}",
         "ports": PORTS,
     }
@@ -164,8 +164,11 @@ class WaypointBed(Testbed):
             if pod.name == "wp":
                 metadata["labels"]["gateway.networking.k8s.io/gateway-name"] = "waypoint"
             elif pod.name in BACKENDS:
-                metadata["labels"] |= {"app": "echo", "version": BACKENDS[pod.name]}
+                metadata["labels"] |= {"group": "echo", "version": BACKENDS[pod.name]}
             yield found
+            own = service_object(pod)
+            own["metadata"]["namespace"] = pod.namespace
+            yield own
         yield from self._services()
         listener = {"name": "mesh", "port": 15008, "protocol": "HBONE"}
         spec = {"gatewayClassName": "meshbpf-waypoint", "listeners": [listener]}
@@ -175,11 +178,11 @@ class WaypointBed(Testbed):
     def _services(self) -> Iterator[dict[str, Any]]:
         use = {"istio.io/use-waypoint": "waypoint"}
         for name in _BASE:
-            selector = {"app": "echo"}
+            selector = {"group": "echo"}
             if name != "echo":
                 selector["version"] = name
             if name == "gone":
-                selector = {"app": "nobody"}
+                selector = {"group": "nobody"}
             if name == "away":  # not bound to the waypoint
                 selector["version"] = "echo-v1"
             spec = {"selector": selector, "clusterIP": vip(name), "ports": PORTS}
@@ -222,16 +225,19 @@ class WaypointBed(Testbed):
 
     def start(self, *options: str) -> Self:
         self.start_agents()
-        for name, service in BACKENDS.items():
-            self.start_web(name, service)
+        self.start_webs()
         self.attach_all()
         self.start_waypoint(*options)
         return self
 
+    def start_webs(self) -> None:
+        for name, service in BACKENDS.items():
+            self.start_web(name, service)
+
     def start_web(self, pod: str, service: str) -> None:
         argv = [sys.executable, "-m", "tests.progs.web", "--name", service]
         web = Program(self.directory, f"web-{pod}", self[pod].netns, argv)
-        self.servers[pod] = web
+        self.servers[f"web-{pod}"] = web
         web.wait_event("ready")
 
     def start_waypoint(self, *options: str) -> None:
@@ -241,7 +247,7 @@ class WaypointBed(Testbed):
         for address in (self["wp"].ipv4, self["wp"].ipv6):
             argv += ["--address", address]
         self.waypoint = Program(self.directory, "waypoint", self["wp"].netns, [*argv, *options])
-        self.servers["wp"] = self.waypoint
+        self.servers["waypoint"] = self.waypoint
         self.wait_waypoint()
 
     def wait_waypoint(self, limit_s: float = 30.0) -> None:

@@ -283,7 +283,7 @@ def test_an_endpoint_that_goes_under_load_loses_no_request(bed: WaypointBed) -> 
         bed.gone_pods.add("n2b")  # the mesh state forgets the pod ...
         bed.apply()
         gone = time.monotonic()
-        bed.servers.pop("n2b").end()  # ... and then it dies
+        bed.servers.pop("web-n2b").end()  # ... and then it dies
         time.sleep(0.7)
     finally:
         for load in loads:
@@ -306,7 +306,7 @@ def test_an_endpoint_that_goes_under_load_loses_no_request(bed: WaypointBed) -> 
 
 def test_a_dead_endpoint_costs_no_request(bed: WaypointBed) -> None:
     """Nothing listens at one of two endpoints: all requests reach the other."""
-    web = bed.servers.pop("n2b")
+    web = bed.servers.pop("web-n2b")
     web.end()
     try:
         names = {bed.get("echo", f"/{n}").name for n in range(20)}
@@ -321,7 +321,7 @@ def test_an_endpoint_that_dies_before_the_state_knows_loses_no_request(bed: Wayp
         load.start()
     try:
         time.sleep(0.5)
-        bed.servers.pop("n2b").end()
+        bed.servers.pop("web-n2b").end()
         time.sleep(1.0)
     finally:
         for load in loads:
