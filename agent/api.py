@@ -46,7 +46,7 @@ CertState = Literal["pending", "valid", "renewing", "failed", "expired"]
 # --- status -----------------------------------------------------------------
 
 
-StateKind = Literal["local-xds", "manifests", "kubernetes"]
+StateKind = Literal["local-xds", "manifests", "kubernetes", "xds"]
 
 
 class StateSourceInfo(Result, frozen=True):

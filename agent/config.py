@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from meshbpf.agent.core.errors import ConfigError
 
@@ -24,6 +25,9 @@ SameNodeName = Literal["kernel", "hbone"]
 LogFormat = Literal["plain", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+ISTIO_ROOT = "/var/run/secrets/istio/root-cert.pem"
+ISTIO_TOKEN = Path("/var/run/secrets/tokens/istio-token")
+"""Where Istio's manifests mount them for its own node proxy."""
 DEFAULT_STATE_DIR = Path("/var/lib/meshbpf")
 READINESS_PORT = 15021
 ADMIN_PORT = 15000
@@ -81,13 +85,28 @@ class Settings:
 
     node: str
     state_dir: Path
-    ca_dir: Path
+    ca_dir: Path | None = None
+    """Certificates come from one of this and `ca`."""
     local_xds: Path | None = None
-    """Mesh state comes from one of these three."""
+    """Mesh state comes from one of this, `manifests`, `kubernetes` and `xds`."""
     manifests: Path | None = None
     kubernetes: bool = False
     kubeconfig: Path | None = None
     """By default KUBECONFIG's, else what Kubernetes gives the pod that this is."""
+    xds: str = ""
+    """istiod, as https://HOST:PORT."""
+    xds_root: str = ISTIO_ROOT
+    """By which istiod is checked: a PEM file, or SYSTEM."""
+    xds_name: str = ""
+    """What istiod's certificate is for; empty means the host in the URL."""
+    ca: str = ""
+    """A CA that is asked over the network, as https://HOST:PORT for istiod's."""
+    ca_root: str = ISTIO_ROOT
+    ca_name: str = ""
+    token_file: Path = ISTIO_TOKEN
+    """Says to istiod who this agent is; read for each request."""
+    cluster_id: str = "Kubernetes"
+    """istiod's name for the cluster that the token is from."""
     trust_domain: str = "cluster.local"
     """Of pods that the mesh state does not name; by default the CA's own."""
     network: str = ""
@@ -139,6 +158,10 @@ class Settings:
             raise _bad("trust-domain", self.trust_domain, "write it as a DNS name in lower case")
         if not is_object_name(self.cluster_domain):
             raise _bad("cluster-domain", self.cluster_domain, "write it as a DNS name")
+        for option, url in (("xds", self.xds), ("ca", self.ca)):
+            if url and control_plane_address(url) is None:
+                example = "for instance https://istiod.istio-system.svc:15012"
+                raise _bad(option, url, f"write https://HOST:PORT, {example}")
         _one_of("capture", self.capture, get_args(CaptureName))
         _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
         _one_of("same-node", self.same_node, get_args(SameNodeName))
@@ -165,6 +188,18 @@ class Settings:
             if item.name != "origins"
         }
         return cls(**given, origins=origins)
+
+
+def control_plane_address(url: str) -> tuple[str, int] | None:
+    """Host and port of https://HOST:PORT; None for anything else."""
+    found = urlsplit(url)
+    try:
+        port = found.port
+    except ValueError:
+        return None
+    if found.scheme != "https" or not found.hostname or port is None or found.path.strip("/"):
+        return None
+    return found.hostname, port
 
 
 def is_object_name(text: str) -> bool:

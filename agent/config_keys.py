@@ -120,6 +120,14 @@ KEYS: tuple[Key, ...] = (
     Key("manifests", "manifests", str, Path),
     Key("kubernetes", "kubernetes", bool, _as_is),
     Key("kubeconfig", "kubeconfig", str, Path),
+    Key("xds", "xds", str, _as_is),
+    Key("xds-root", "xds_root", str, _as_is),
+    Key("xds-name", "xds_name", str, _as_is),
+    Key("ca", "ca", str, _as_is),
+    Key("ca-root", "ca_root", str, _as_is),
+    Key("ca-name", "ca_name", str, _as_is),
+    Key("token-file", "token_file", str, Path),
+    Key("cluster-id", "cluster_id", str, _as_is),
     Key("trust-domain", "trust_domain", str, _as_is),
     Key("network", "network", str, _as_is),
     Key("capture", "capture", CaptureName, _as_is),
@@ -149,8 +157,9 @@ KEYS: tuple[Key, ...] = (
     Key("log-format", "log_format", LogFormat, _as_is),
 )
 
-STATE_SOURCES = ("local-xds", "manifests", "kubernetes")
-"""Exactly one of them is to be set."""
+STATE_SOURCES = ("local-xds", "manifests", "kubernetes", "xds")
+CERTIFICATE_SOURCES = ("ca-dir", "ca")
+"""Exactly one of each is to be set."""
 
 BY_NAME = {key.name: key for key in KEYS}
 EXEMPT_FIELDS = {

@@ -10,7 +10,7 @@ namespace with a Service named meshbpf.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from meshbpf.agent import config_place
 from meshbpf.agent.config import DEFAULT_STATE_DIR, Exemptions, OptionError, Settings
 from meshbpf.agent.config_keys import (
     BY_NAME,
+    CERTIFICATE_SOURCES,
     EXEMPT_FIELDS,
     KEYS,
     STATE_SOURCES,
@@ -41,9 +42,8 @@ class Resolved:
 
     def settings(self) -> Settings:
         """What `run` works with. Raises ConfigError naming the origin of what is wrong."""
-        if self.values["ca-dir"].value is None:
-            raise self._missing("ca-dir")
-        self._one_state_source()
+        self._one_of(CERTIFICATE_SOURCES, "certificates come")
+        self._one_of(STATE_SOURCES, "mesh state comes")
         given: dict[str, Any] = {}
         exempt: dict[str, Any] = {}
         origins: dict[str, str] = {"exempt": DEFAULT}
@@ -64,16 +64,16 @@ class Resolved:
                 raise
             raise misplaced(origin, error.option, error) from None
 
-    def _one_state_source(self) -> None:
-        given = [name for name in STATE_SOURCES if self.values[name].value]
+    def _one_of(self, sources: Sequence[str], what: str) -> None:
+        given = [name for name in sources if self.values[name].value]
         if not given:
-            raise self._missing(*STATE_SOURCES)
+            raise self._missing(*sources)
         if len(given) > 1:
             places = [f"{name} ({self.values[name].origin})" for name in given]
             raise OptionError(
                 given[1],
                 str(self.values[given[1]].value),
-                f"mesh state comes from one source, and these are set: {', '.join(places)}",
+                f"{what} from one source, and these are set: {', '.join(places)}",
             )
 
     def _missing(self, *names: str) -> ConfigError:

@@ -66,6 +66,50 @@ _OPTIONS: tuple[Any, ...] = (
         metavar="FILE",
         help="How to reach the API.  [default: KUBECONFIG's, else the pod's own]",
     ),
+    click.option(
+        "--xds",
+        metavar="URL",
+        help="Mesh state from istiod, for instance https://istiod.istio-system.svc:15012.",
+    ),
+    click.option(
+        "--xds-root",
+        metavar="FILE",
+        help="Roots by which istiod is checked, or SYSTEM.  "
+        "[default: /var/run/secrets/istio/root-cert.pem]",
+    ),
+    click.option(
+        "--xds-name",
+        metavar="HOST",
+        help="What istiod's certificate is for.  [default: the host in --xds]",
+    ),
+    click.option(
+        "--ca",
+        metavar="URL",
+        help="Certificates from istiod, at https://HOST:PORT, instead of --ca-dir.",
+    ),
+    click.option(
+        "--ca-root",
+        metavar="FILE",
+        help="Roots by which the CA is checked, or SYSTEM.  "
+        "[default: /var/run/secrets/istio/root-cert.pem]",
+    ),
+    click.option(
+        "--ca-name",
+        metavar="HOST",
+        help="What the CA's certificate is for.  [default: the host in --ca]",
+    ),
+    click.option(
+        "--token-file",
+        type=_FILE,
+        metavar="FILE",
+        help="The agent's service-account token, read for each request.  "
+        "[default: /var/run/secrets/tokens/istio-token]",
+    ),
+    click.option(
+        "--cluster-id",
+        metavar="NAME",
+        help="istiod's name for the cluster of that token.  [default: Kubernetes]",
+    ),
     click.option("--trust-domain", metavar="TD", help="[default: cluster.local]"),
     click.option("--network", metavar="NAME", help="This node's network.  [default: empty]"),
     click.option(

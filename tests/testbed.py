@@ -106,10 +106,10 @@ class Agent:
         self.options = options
         copy_bytecode(BYTECODE_DIR, self.state_dir / "cache")
         argv = [str(MESHBPF), "run", "--node", f"node{self.node}"]
-        argv += ["--state-dir", str(self.state_dir), "--ca-dir", str(self.bed.ca_dir)]
+        argv += ["--state-dir", str(self.state_dir)]
         # Ten times shorter than the default: most tests leave connections behind.
         argv += ["--termination-deadline", "500ms"]
-        argv += [*self.bed.state_options, *options]
+        argv += [*self.bed.ca_options, *self.bed.state_options, *options]
         self._program = Program(self.bed.directory, f"agent{self.node}", self.netns, argv)
 
     def wait_ready(self, limit_s: float = READY_LIMIT_S) -> None:
@@ -228,12 +228,13 @@ class Testbed:
         self.tag = tag
         self.directory = RUN_DIR / tag
         self.mesh_file = self.directory / "mesh.yaml"
-        self.state_options = ("--local-xds", str(self.mesh_file))
+        self.state_options: tuple[str, ...] = ("--local-xds", str(self.mesh_file))
         if manifests:
             self.mesh_file = self.directory / "manifests" / "mesh.yaml"
             self.state_options = ("--manifests", str(self.mesh_file.parent))
         self.manifests = manifests
         self.ca_dir = self.directory / "ca"
+        self.ca_options: tuple[str, ...] = ("--ca-dir", str(self.ca_dir))
         self.pods: dict[str, Pod] = {}
         self.policies: list[dict[str, Any]] = []
         # A workload in the mesh file whose packets vanish: who dials it waits.

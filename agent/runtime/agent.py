@@ -19,14 +19,13 @@ import meshbpf
 from meshbpf.agent import api
 from meshbpf.agent.api_cni import CniRequest
 from meshbpf.agent.config import Settings
-from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.datapath.steering import Capture, Steering
 from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.carrying import Carrying
-from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer, utc_now
+from meshbpf.agent.runtime.certs import CertificateStore, utc_now
 from meshbpf.agent.runtime.cni import CniService
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer, counters, error_body, summed
@@ -37,6 +36,7 @@ from meshbpf.agent.runtime.fd_store import GRACE_S, FdStore
 from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.gate import Gate
 from meshbpf.agent.runtime.heartbeat import Heartbeat
+from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.kube_status import StatusReporter
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.locate import Locator
@@ -48,12 +48,14 @@ from meshbpf.agent.runtime.monitoring import Monitoring, Parts
 from meshbpf.agent.runtime.named_pods import NamedPods
 from meshbpf.agent.runtime.pod import Pod
 from meshbpf.agent.runtime.pods import PodManager
+from meshbpf.agent.runtime.prefetch import Prefetch
 from meshbpf.agent.runtime.readiness import Readiness
 from meshbpf.agent.runtime.reconcile import Reconciler
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.takeover import Predecessors
 from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.traffic_metrics import check_allowed
+from meshbpf.agent.runtime.xds_source import XdsSource
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -75,7 +77,7 @@ class Agent:
         self,
         settings: Settings,
         state_dir: StateDir,
-        authority: CertificateAuthority,
+        issuer: Issuer,
         source: MeshSource,
         control: ControlServer,
         cni: ControlServer,
@@ -114,12 +116,15 @@ class Agent:
         self._dns_metrics = DnsMetrics()
         self._locator = Locator(CriClient(settings.cri_socket))
         self._certificates = CertificateStore(
-            EmbeddedIssuer(authority), nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
+            issuer, nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
         )
         self._source_scope = trio.CancelScope()
         self._membership = Membership(source, self._mesh.current, settings.node)
         self._cni = CniService(self._membership, self._pods_when_running, self.readiness.pending)
         cni.handle(CniRequest, self._cni.handle)
+        nursery.start_soon(issuer.run, self._certificates.renew_all)
+        if issuer.remote:
+            self._mesh.on_delta(Prefetch(settings.node, self._certificates).follow)
         self._register_verbs()
         self.monitoring = Monitoring(self._monitored(), nursery)
         Explaining(
@@ -521,6 +526,7 @@ class Agent:
             loop_lag_s=lambda: self._heartbeat.statistics().loop_lag_s if self._heartbeat else None,
             ready=lambda: not self.readiness.pending(),
             source_healthy=lambda: self._source.healthy,
+            source_families=self._source.families if isinstance(self._source, XdsSource) else tuple,
         )
 
     def _counters(self) -> dict[str, dict[str, int | float]]:

@@ -36,18 +36,17 @@ from dataclasses import dataclass, replace
 import trio
 
 import meshbpf
-from meshbpf.agent import ca_files
 from meshbpf.agent.config import Settings
-from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.handover import Channel, Inheritance
-from meshbpf.agent.runtime import attachments, cni, heap, kube_config, logs, takeover
+from meshbpf.agent.runtime import attachments, cni, heap, kube_config, logs, sources, takeover
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.fronts import Fronts
+from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.life import Life
@@ -69,7 +68,7 @@ class Prepared:
 
     settings: Settings
     state_dir: StateDir
-    authority: CertificateAuthority
+    issuer: Issuer
     source: MeshSource
     state: MeshState | None
     control: ControlServer
@@ -123,6 +122,8 @@ def _source(settings: Settings) -> MeshSource:
         return KubernetesSource(KubeApi(config), cluster)
     if settings.manifests is not None:
         return ManifestSource(settings.manifests, cluster)
+    if settings.xds:
+        return sources.xds_source(settings, os.environ)
     assert settings.local_xds is not None  # noqa: S101 (config_sources.py sees to it)
     return LocalXdsSource(settings.local_xds)
 
@@ -138,9 +139,9 @@ def _prepare(
     if predecessor is not None:
         notifier.hold()
         inheritance = Inheritance.receive(predecessor, os.getpid(), meshbpf.__version__)
-    authority = ca_files.load(settings.ca_dir)
-    if settings.origins.get("trust_domain", "default") == "default" and authority.trust_domain:
-        settings = replace(settings, trust_domain=authority.trust_domain)
+    issuer, trust_domain = sources.issuer(settings, os.environ)
+    if settings.origins.get("trust_domain", "default") == "default" and trust_domain:
+        settings = replace(settings, trust_domain=trust_domain)
     source = _source(settings)
     state = source.load()
     if inheritance is None:
@@ -171,7 +172,7 @@ def _prepare(
     return Prepared(
         settings=settings,
         state_dir=state_dir,
-        authority=authority,
+        issuer=issuer,
         source=source,
         state=state,
         control=control,
@@ -191,7 +192,7 @@ async def _main(prepared: Prepared) -> None:
             agent = Agent(
                 prepared.settings,
                 prepared.state_dir,
-                prepared.authority,
+                prepared.issuer,
                 prepared.source,
                 prepared.control,
                 prepared.cni,

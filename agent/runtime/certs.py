@@ -8,6 +8,9 @@ tunnels that stand keep the contexts they began with, so nothing is dropped.
 
 A renewal that fails is tried again with growing pauses, while the old
 certificate serves until its very end.
+
+When the signer's bundle of roots changes, all contexts are made anew with it
+and all certificates are renewed, those first that somebody waits for.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
 
 import trio
 from cryptography import x509
@@ -24,10 +26,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from meshbpf.agent.api import CertInfo, CertsResult, CertState
-from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.runtime.control import error_body
+from meshbpf.agent.runtime.issuing import FetchQueue, Issuer, Priority, Turn
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.wire.tls import WorkloadTls, workload_tls
 
@@ -37,53 +39,12 @@ SHORTEST_LIFE = timedelta(seconds=1)
 RETRY_FIRST_S = 1.0
 RETRY_LAST_S = 150.0
 RETRY_JITTER = 0.2  # the three as ztunnel's
+HURRY_SPREAD_S = 2.0
+"""A change of roots is followed by renewals spread over this time."""
 _LONGEST_SLEEP_S = 30.0
 """Renewal follows the wall clock, which may be set; so it is looked at this often."""
 
 log = Log("certs")
-
-
-class Issuer(Protocol):
-    """Who signs: the embedded CA here, istiod or SPIRE in later work."""
-
-    @property
-    def roots_pem(self) -> bytes:
-        """The certificates that peers are judged by."""
-        ...
-
-    async def issue(
-        self,
-        identity: SpiffeId,
-        public_key: ec.EllipticCurvePublicKey,
-        not_before: datetime,
-        not_after: datetime,
-    ) -> bytes:
-        """A PEM chain, leaf first. Raises MeshbpfError."""
-        ...
-
-
-class EmbeddedIssuer:
-    """An `Issuer` over a CA in this process."""
-
-    def __init__(self, authority: CertificateAuthority) -> None:
-        self._authority = authority
-        self._roots_pem = authority.roots_pem
-
-    @property
-    def roots_pem(self) -> bytes:
-        """The trust bundle."""
-        return self._roots_pem
-
-    async def issue(
-        self,
-        identity: SpiffeId,
-        public_key: ec.EllipticCurvePublicKey,
-        not_before: datetime,
-        not_after: datetime,
-    ) -> bytes:
-        """A PEM chain, leaf first; takes well under a millisecond with a P-256 CA."""
-        await trio.lowlevel.checkpoint()
-        return self._authority.issue(identity, public_key, not_before, not_after)
 
 
 @dataclass(slots=True, eq=False)
@@ -92,10 +53,17 @@ class _Held:
 
     identity: SpiffeId
     pods: set[str] = field(default_factory=set)
+    expected: set[str] = field(default_factory=set)
+    """Workloads of this node, by uid, that may become its pods."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     attempted: trio.Event = field(default_factory=trio.Event)
     """Set at the end of the next attempt, then replaced."""
+    turn: Turn = field(default_factory=lambda: Turn(Priority.WARMUP))
+    """The next fetch's, or the one's under way."""
+    hurry: trio.Event = field(default_factory=trio.Event)
+    """Set to renew before the time."""
     tls: WorkloadTls | None = None
+    key: ec.EllipticCurvePrivateKey | None = None
     chain_pem: bytes = b""
     serial: str = ""
     renew_at: datetime | None = None
@@ -146,24 +114,45 @@ class CertificateStore:
         self._now = now
         self._rng = rng or random.Random()  # noqa: S311 (jitter, no secret)
         self._held: dict[SpiffeId, _Held] = {}
+        self._queue = FetchQueue()
+        self._roots_pem = issuer.roots_pem
         self._issued = self._failed = 0
 
     def hold(self, identity: SpiffeId, pod: str) -> None:
         """`pod` (NS/NAME) runs under `identity`: see that it has a certificate."""
+        self._wanted(identity).pods.add(pod)
+
+    def release(self, identity: SpiffeId, pod: str) -> None:
+        """`pod` is gone. The last holder takes key and certificate with it."""
+        if held := self._held.get(identity):
+            held.pods.discard(pod)
+            self._drop_unused(held)
+
+    def expect(self, identity: SpiffeId, uid: str) -> None:
+        """The mesh has workload `uid` on this node: have its certificate when its pod comes."""
+        self._wanted(identity).expected.add(uid)
+
+    def forget(self, identity: SpiffeId, uid: str) -> None:
+        """The workload is gone; its certificate too, when no other and no pod needs it."""
+        if held := self._held.get(identity):
+            held.expected.discard(uid)
+            self._drop_unused(held)
+
+    def renew_all(self) -> None:
+        """The signer's roots change: do not wait for half-life."""
+        for held in self._held.values():
+            held.hurry.set()
+
+    def _wanted(self, identity: SpiffeId) -> _Held:
         held = self._held.get(identity)
         if held is None:
             held = self._held[identity] = _Held(identity)
             self._nursery.start_soon(self._keep, held, name=f"certificate of {identity}")
-        held.pods.add(pod)
+        return held
 
-    def release(self, identity: SpiffeId, pod: str) -> None:
-        """`pod` is gone. The last one takes key and certificate with it."""
-        held = self._held.get(identity)
-        if held is None:
-            return
-        held.pods.discard(pod)
-        if not held.pods:
-            del self._held[identity]
+    def _drop_unused(self, held: _Held) -> None:
+        if not held.pods and not held.expected:
+            del self._held[held.identity]
             held.scope.cancel()
 
     async def tls(self, identity: SpiffeId) -> WorkloadTls:
@@ -186,12 +175,13 @@ class CertificateStore:
                 )
             if held.error is not None:
                 raise held.error
+            held.turn.raise_to(Priority.REAL_TIME)
             await held.attempted.wait()
 
     def describe(self) -> CertsResult:
         """What the `certs` verb answers."""
         certs = sorted(map(self._info, self._held.values()), key=lambda cert: cert.identity)
-        roots = x509.load_pem_x509_certificates(self._issuer.roots_pem)
+        roots = x509.load_pem_x509_certificates(self._roots_pem) if self._roots_pem else []
         return CertsResult(
             certs=tuple(certs),
             roots=tuple(root.fingerprint(hashes.SHA256()).hex() for root in roots),
@@ -208,8 +198,8 @@ class CertificateStore:
 
     @property
     def roots_pem(self) -> bytes:
-        """What peers are judged by."""
-        return self._issuer.roots_pem
+        """What peers are judged by; empty while no signer has said."""
+        return self._roots_pem
 
     def statistics(self) -> CertificateStatistics:
         """Counters since the start."""
@@ -260,33 +250,57 @@ class CertificateStore:
                     wake_at = held.renew_at
                 held.attempted.set()
                 held.attempted = trio.Event()
-                await self._sleep_until(wake_at)
+                held.turn = Turn(Priority.WARMUP if held.tls is None else Priority.BACKGROUND)
+                with trio.CancelScope() as pause:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(_cancel_when, held.hurry, pause)
+                        await self._sleep_until(wake_at)
+                        nursery.cancel_scope.cancel()
+                if pause.cancelled_caught:
+                    # Every identity of every node is told at once.
+                    await trio.sleep(self._rng.uniform(0, HURRY_SPREAD_S))
+                    held.hurry = trio.Event()
 
     async def _obtain(self, held: _Held) -> None:
-        started = self._now()
-        key = ec.generate_private_key(ec.SECP256R1())
-        chain_pem = await self._issuer.issue(
-            held.identity, key.public_key(), started - CLOCK_SKEW, started + self._ttl
-        )
-        tls = workload_tls(chain_pem, key, self._issuer.roots_pem)
+        async with self._queue.slot(held.turn):
+            started = self._now()
+            issued = await self._issuer.issue(
+                held.identity, started - CLOCK_SKEW, started + self._ttl
+            )
+        tls = workload_tls(issued.chain_pem, issued.key, issued.roots_pem)
         if tls.identity != held.identity:
             raise MeshbpfError(
                 "wrong-certificate", f"asked for {held.identity}, the CA answered {tls.identity}"
             )
         renewed = held.tls is not None
         held.tls = tls
-        held.chain_pem = chain_pem
-        held.serial = f"{x509.load_pem_x509_certificate(chain_pem).serial_number:x}"
+        held.key, held.chain_pem = issued.key, issued.chain_pem
+        held.serial = f"{x509.load_pem_x509_certificate(issued.chain_pem).serial_number:x}"
         # The issuer may grant less than was asked for; near its own end so
         # much less that half of it must not become a busy loop.
         held.renew_at = started + max((tls.not_after - started) / 2, SHORTEST_LIFE)
         self._issued += 1
+        self._follow_roots(issued.roots_pem)
+        held.hurry = trio.Event()
         log.info(
             "certificate renewed" if renewed else "certificate issued",
             identity=held.identity,
             serial=held.serial,
             not_after=tls.not_after.isoformat(),
         )
+
+    def _follow_roots(self, roots_pem: bytes) -> None:
+        """The newest bundle counts for all identities, from their next tunnel on."""
+        if roots_pem == self._roots_pem:
+            return
+        first, self._roots_pem = not self._roots_pem, roots_pem
+        if first:
+            return
+        log.warning("the CA's roots have changed: certificates are renewed")
+        for held in self._held.values():
+            if held.key is not None:
+                held.tls = workload_tls(held.chain_pem, held.key, roots_pem)
+        self.renew_all()
 
     def _retry_pause_s(self, failures: int, held: _Held) -> float:
         pause_s = min(RETRY_LAST_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 16))
@@ -303,3 +317,8 @@ class CertificateStore:
         while (left_s := (moment - self._now()).total_seconds()) > 0:  # noqa: ASYNC110
             await trio.sleep(min(left_s, _LONGEST_SLEEP_S))
         await trio.lowlevel.checkpoint()
+
+
+async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()

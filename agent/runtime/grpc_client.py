@@ -53,6 +53,14 @@ _MAX_HEADER_LIST_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Keepalive:
+    """A PING when nothing came for `interval_s`; no answer in `timeout_s` ends the connection."""
+
+    interval_s: float
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelStatistics:
     """What a channel did since it was opened."""
 
@@ -192,6 +200,7 @@ class Channel:
     authority: str
     scheme: str = "http"
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    keepalive: Keepalive | None = None
     _h2: h2.connection.H2Connection = field(init=False)
     _goaways: GoAwayFilter = field(init=False, default_factory=GoAwayFilter)
     _calls: dict[int, Call] = field(init=False, default_factory=dict)
@@ -294,6 +303,8 @@ class Channel:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write, nursery.cancel_scope)
+                if self.keepalive is not None:
+                    nursery.start_soon(self._ping, self.keepalive, nursery.cancel_scope)
                 await self._read()
                 nursery.cancel_scope.cancel()
         finally:
@@ -319,6 +330,24 @@ class Channel:
             self._break(f"the connection broke: {error}")
         except h2.exceptions.ProtocolError as error:
             self._break(f"the server broke HTTP/2: {error}")
+
+    async def _ping(self, every: Keepalive, scope: trio.CancelScope) -> None:
+        while True:
+            seen = self._bytes
+            await trio.sleep(every.interval_s)
+            if self._bytes != seen:
+                continue
+            try:
+                self._h2.ping(b"meshbpf\0")
+            except h2.exceptions.ProtocolError:
+                return  # the connection is over; the reader says why
+            self._pending.set()
+            await trio.sleep(every.timeout_s)
+            # Whatever arrived meanwhile is as good a sign of life as the answer.
+            if self._bytes == seen:
+                self._break(f"the server answered no PING in {every.timeout_s:g} s")
+                scope.cancel()
+                return
 
     async def _write(self, scope: trio.CancelScope) -> None:
         try:
@@ -440,9 +469,10 @@ async def open_channel(
     *,
     scheme: str = "http",
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    keepalive: Keepalive | None = None,
 ) -> AsyncIterator[Channel]:
     """A channel over `stream`, closed with it when the block ends."""
-    channel = Channel(stream, authority, scheme, max_message_bytes)
+    channel = Channel(stream, authority, scheme, max_message_bytes, keepalive)
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(channel.run)
@@ -455,4 +485,8 @@ async def open_channel(
         # is the block's one exception, and callers expect that one.
         if len(group.exceptions) == 1:
             raise group.exceptions[0] from group.exceptions[0].__cause__
+        # Cancelled while the call failed: who cancels does not ask how it went.
+        cancelled, rest = group.split(trio.Cancelled)
+        if cancelled is not None and rest is not None and rest.split(GrpcError)[1] is None:
+            raise cancelled from None
         raise

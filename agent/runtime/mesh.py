@@ -21,6 +21,8 @@ from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.store_delta import delta_to
 from meshbpf.agent.runtime import heap
 
+Follower = Callable[[Snapshot, Snapshot, MeshDelta], None]
+
 
 class Destinations(Protocol):
     """Where the kernel's list of destinations is kept; both calls block."""
@@ -47,6 +49,7 @@ class LiveMesh:
         self._prefixes = MeshPrefixes()
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._settlers: list[Callable[[], Awaitable[object]]] = []
+        self._followers: list[Follower] = []
         self.snapshot = Snapshot.EMPTY
 
     def current(self) -> Snapshot:
@@ -60,6 +63,10 @@ class LiveMesh:
     def settle_with(self, settle: Callable[[], Awaitable[object]]) -> None:
         """Await `settle` before a new state counts as applied."""
         self._settlers.append(settle)
+
+    def on_delta(self, follower: Follower) -> None:
+        """Call `follower` with (before, after, delta), once it is in force."""
+        self._followers.append(follower)
 
     def steer_with(self, kernel: Destinations) -> None:
         """Where the kernel's list of destinations is set.
@@ -99,6 +106,8 @@ class LiveMesh:
         self.snapshot = new
         # In the same step of the event loop: nobody decides by the new state
         # before those who keep answers of the old one have heard of it.
+        for follower in self._followers:
+            follower(old, new, delta)
         for listener in self._listeners:
             listener(new)
         for settle in self._settlers:

@@ -37,8 +37,10 @@ class MeshSource(Protocol):
 
     loaded_at: datetime | None
     """When the content in force was read: what was written later is not in force yet."""
-    error: MeshbpfError | None
-    """Why the newest content is not in force; None when it is."""
+
+    @property
+    def error(self) -> MeshbpfError | None:
+        """Why the newest content is not in force; None when it is."""
 
     @property
     def kind(self) -> StateKind:

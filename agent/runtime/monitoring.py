@@ -28,6 +28,7 @@ from meshbpf.agent.runtime.certs import CertificateStore
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.dns_metrics import DnsMetrics
+from meshbpf.agent.runtime.exposition import Family
 from meshbpf.agent.runtime.httpd import Request, Response
 from meshbpf.agent.runtime.log_levels import Levels, LogLevels, known_scopes
 from meshbpf.agent.runtime.logs import Log, LogWriter
@@ -60,6 +61,7 @@ class Parts:
     loop_lag_s: Callable[[], float | None]
     ready: Callable[[], bool]
     source_healthy: Callable[[], bool]
+    source_families: Callable[[], Iterable[Family]]
 
 
 class Monitoring:
@@ -89,6 +91,7 @@ class Monitoring:
             agent_metrics.process(),
             agent_metrics.own(self._numbers()),
             self._parts.dns.families(),
+            self._parts.source_families(),
         )
         size = 0
         for family in families:

@@ -183,10 +183,10 @@ def test_a_wrong_flag_stays_a_fault_of_the_command_line(file: Path) -> None:
 
 
 def test_what_is_set_nowhere_is_asked_for_in_three_ways() -> None:
-    with pytest.raises(ConfigError, match="ca-dir is set nowhere") as caught:
+    with pytest.raises(ConfigError, match="ca-dir or ca is set nowhere") as caught:
         resolve({}, {}).settings()
     assert caught.value.exit_status is Exit.CONFIG
-    assert caught.value.hint.startswith("give --ca-dir, MESHBPF_CA_DIR, or ca-dir in ")
+    assert caught.value.hint.startswith("give --ca-dir (or --ca), MESHBPF_CA_DIR, or ca-dir in ")
 
 
 def test_commands_find_the_agent_where_run_put_it(file: Path) -> None:

@@ -37,7 +37,8 @@ from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.l7.balancer import Balancer
 from meshbpf.agent.l7.planner import Planner
 from meshbpf.agent.runtime import httpd, logs, readiness
-from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer
+from meshbpf.agent.runtime.certs import CertificateStore
+from meshbpf.agent.runtime.issuing import EmbeddedIssuer
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.manifests import ManifestSource
 from meshbpf.agent.runtime.mesh_source import MeshSource

@@ -10,13 +10,13 @@ from itertools import pairwise
 
 import pytest
 import trio
-from cryptography.hazmat.primitives.asymmetric import ec
 from trio.testing import MockClock
 
 from meshbpf.agent.core import ca
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
-from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer
+from meshbpf.agent.runtime.certs import CertificateStore
+from meshbpf.agent.runtime.issuing import EmbeddedIssuer, Issued
 
 START = datetime(2026, 5, 1, tzinfo=UTC)
 TTL = timedelta(hours=1)
@@ -33,17 +33,11 @@ class Issuer(EmbeddedIssuer):
         self.issues_for: SpiffeId | None = None
         self.asked: list[tuple[float, SpiffeId]] = []
 
-    async def issue(
-        self,
-        identity: SpiffeId,
-        public_key: ec.EllipticCurvePublicKey,
-        not_before: datetime,
-        not_after: datetime,
-    ) -> bytes:
+    async def issue(self, identity: SpiffeId, not_before: datetime, not_after: datetime) -> Issued:
         self.asked.append((trio.current_time(), identity))
         if self.refuses:
             raise MeshbpfError("ca-down", "the CA is out")
-        return await super().issue(self.issues_for or identity, public_key, not_before, not_after)
+        return await super().issue(self.issues_for or identity, not_before, not_after)
 
 
 class Clock:

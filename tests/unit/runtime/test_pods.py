@@ -42,9 +42,10 @@ from meshbpf.agent.datapath.steering import (
 from meshbpf.agent.runtime import pod as pod_module
 from meshbpf.agent.runtime import pods as pods_module
 from meshbpf.agent.runtime import reports
-from meshbpf.agent.runtime.certs import CertificateStore, EmbeddedIssuer
+from meshbpf.agent.runtime.certs import CertificateStore
 from meshbpf.agent.runtime.cri import CriClient
 from meshbpf.agent.runtime.fd_store import FdStore
+from meshbpf.agent.runtime.issuing import EmbeddedIssuer
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.notify import Notifier

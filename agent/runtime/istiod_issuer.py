@@ -1,0 +1,137 @@
+"""Certificates from istiod, which signs for the pods of the node that our token is bound to.
+
+One connection serves all requests. It is opened anew when it breaks and when
+the file of roots that istiod is checked by changes; that change is also how a
+node learns that the mesh's root is being rotated, so certificates are renewed
+then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+
+import trio
+
+from meshbpf.agent.core.ca import new_key
+from meshbpf.agent.core.csr import check_answer, check_roots, signing_request
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.runtime.control_plane import SYSTEM_ROOTS, ControlPlane
+from meshbpf.agent.runtime.grpc_client import Channel
+from meshbpf.agent.runtime.issuing import Issued
+from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.wire import istio_ca
+from meshbpf.agent.wire.grpc import GrpcError, Status
+
+REQUEST_TIMEOUT_S = 10.0
+WATCH_S = 2.0
+"""How often the file of roots is looked at; ztunnel waits as long for it to settle."""
+
+log = Log("ca")
+
+
+class IstiodIssuer:
+    """An `Issuer` over istiod's CreateCertificate."""
+
+    remote = True
+
+    def __init__(
+        self, plane: ControlPlane, now: Callable[[], datetime], *, watch_s: float = WATCH_S
+    ) -> None:
+        self._plane = plane
+        self._now = now
+        self._watch_s = watch_s
+        self._nursery: trio.Nursery | None = None
+        self._running = trio.Event()
+        self._opening = trio.Lock()
+        self._channel: Channel | None = None
+        self._retired = trio.Event()
+        self._roots_pem = b""
+
+    @property
+    def roots_pem(self) -> bytes:
+        """As the newest answer had it."""
+        return self._roots_pem
+
+    async def run(self, renew_all: Callable[[], None]) -> None:
+        """Keep the connection and watch the roots, until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            self._running.set()
+            seen = self._signature()
+            while True:
+                await trio.sleep(self._watch_s)
+                found = self._signature()
+                if found is not None and found != seen:
+                    seen = found
+                    log.info("roots of the control plane have changed", file=self._plane.root)
+                    self._retire()
+                    renew_all()
+
+    async def issue(self, identity: SpiffeId, not_before: datetime, not_after: datetime) -> Issued:
+        """Ask istiod; it decides over the beginning and may grant less time."""
+        key = new_key()
+        request = istio_ca.encode(
+            identity,
+            signing_request(identity, key),
+            round((not_after - self._now()).total_seconds()),
+        )
+        channel = await self._connected()
+        try:
+            answer = await channel.unary(
+                istio_ca.METHOD,
+                request,
+                timeout_s=REQUEST_TIMEOUT_S,
+                metadata=await self._plane.metadata(),
+            )
+        except GrpcError as error:
+            raise MeshbpfError("ca-refused", f"{identity}: {error.what}", _hint(error)) from error
+        found = istio_ca.decode(identity, answer)
+        check_answer(identity, key, found.chain_pem, self._now())
+        check_roots(identity, found.roots_pem)
+        self._roots_pem = found.roots_pem
+        return Issued(found.chain_pem, key, found.roots_pem)
+
+    async def _connected(self) -> Channel:
+        await self._running.wait()
+        async with self._opening:
+            if self._channel is None or self._channel.broken:
+                self._retire()
+                assert self._nursery is not None  # noqa: S101 (running)
+                self._channel = await self._nursery.start(self._hold, self._retired)
+            return self._channel
+
+    async def _hold(
+        self,
+        retired: trio.Event,
+        task_status: trio.TaskStatus[Channel] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        async with self._plane.channel() as channel:
+            task_status.started(channel)
+            await retired.wait()
+            # Requests under way may finish on it.
+            await trio.sleep(REQUEST_TIMEOUT_S)
+
+    def _retire(self) -> None:
+        self._retired.set()
+        self._retired = trio.Event()
+        self._channel = None
+
+    def _signature(self) -> tuple[int, int, int] | None:
+        if self._plane.root == SYSTEM_ROOTS:
+            return None
+        try:
+            found = os.stat(self._plane.root)
+        except OSError:
+            return None  # a projected volume is being replaced
+        return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _hint(error: GrpcError) -> str:
+    if error.status in (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED):
+        return (
+            "the token must be bound to the agent's own Pod on this node, for the audience "
+            "istio-ca, and its account be one of istiod's CA_TRUSTED_NODE_ACCOUNTS"
+        )
+    return "istiod's log says more"

@@ -1,0 +1,56 @@
+"""From settings to the parts that speak to a control plane."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from meshbpf.agent import ca_files
+from meshbpf.agent.config import Settings, control_plane_address
+from meshbpf.agent.runtime.certs import utc_now
+from meshbpf.agent.runtime.control_plane import ControlPlane
+from meshbpf.agent.runtime.issuing import EmbeddedIssuer, Issuer
+from meshbpf.agent.runtime.istiod_issuer import IstiodIssuer
+from meshbpf.agent.runtime.xds_source import XdsSource
+from meshbpf.agent.wire import xds
+
+# ztunnel's: what stands behind them is the name of a header, and the value its value.
+_XDS_HEADER, _CA_HEADER = "XDS_HEADER_", "CA_HEADER_"
+
+
+def xds_source(settings: Settings, environ: Mapping[str, str]) -> XdsSource:
+    """The source of --xds. Raises MeshbpfError for an environment that makes no sense."""
+    plane = _plane(
+        settings, settings.xds, settings.xds_root, settings.xds_name, _headers(environ, _XDS_HEADER)
+    )
+    return XdsSource(plane, xds.node(environ, settings.node, settings.cluster_id))
+
+
+def issuer(settings: Settings, environ: Mapping[str, str]) -> tuple[Issuer, str]:
+    """Who signs, and the trust domain that it signs for, where it says so.
+
+    Raises MeshbpfError when the embedded CA cannot be loaded.
+    """
+    if settings.ca_dir is not None:
+        authority = ca_files.load(settings.ca_dir)
+        return EmbeddedIssuer(authority), authority.trust_domain or ""
+    plane = _plane(
+        settings, settings.ca, settings.ca_root, settings.ca_name, _headers(environ, _CA_HEADER)
+    )
+    return IstiodIssuer(plane, utc_now), ""
+
+
+def _plane(
+    settings: Settings, url: str, root: str, name: str, headers: tuple[tuple[str, str], ...]
+) -> ControlPlane:
+    address = control_plane_address(url)
+    assert address is not None  # noqa: S101 (Settings refuses others)
+    host, port = address
+    return ControlPlane(host, port, root, name, settings.token_file, settings.cluster_id, headers)
+
+
+def _headers(environ: Mapping[str, str], prefix: str) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (key.removeprefix(prefix).lower(), value)
+        for key, value in sorted(environ.items())
+        if key.startswith(prefix)
+    )

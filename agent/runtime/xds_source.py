@@ -1,0 +1,241 @@
+"""Mesh state from istiod: one delta stream, kept up for as long as the agent runs.
+
+While istiod cannot be reached, the state that it gave stays in force, as with
+ztunnel: an outage of the control plane must not become one of the data plane.
+`status` says how long it lasts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+import trio
+
+from meshbpf.agent.api import StateKind
+from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.objects import KubeObject, ObjectSet
+from meshbpf.agent.core.xds import Backoff, DeltaMachine, Ending, Push
+from meshbpf.agent.runtime import heap
+from meshbpf.agent.runtime.certs import utc_now
+from meshbpf.agent.runtime.control_plane import ControlPlane, UnreachableError
+from meshbpf.agent.runtime.exposition import Family, Kind, labelled
+from meshbpf.agent.runtime.grpc_client import Call
+from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.mesh_source import MeshWriter, SourceStatistics
+from meshbpf.agent.wire import xds
+from meshbpf.agent.wire.grpc import GrpcError, Status
+from meshbpf.agent.wire.pb.discovery_pb2 import Node
+from meshbpf.agent.wire.xds_delta import ReadPush, read_push
+from meshbpf.agent.wire.xds_records import RecordReader
+
+# With these a server means "come again": istiod ends streams by age, and restarts.
+_COME_AGAIN = frozenset(
+    {Status.UNKNOWN, Status.CANCELLED, Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE}
+)
+
+_SHOWN = 5
+"""Refused resources that `status` shows by name."""
+
+log = Log("xds")
+
+
+@dataclass(frozen=True, slots=True)
+class XdsStatistics(SourceStatistics):
+    """`loads` are pushes that took effect, `refused` resources that did not."""
+
+    connected: int
+    """1 while a stream stands."""
+
+
+class XdsSource:
+    """One control plane's delta stream, as a `MeshSource`."""
+
+    def __init__(
+        self,
+        plane: ControlPlane,
+        node: Node,
+        *,
+        now: Callable[[], datetime] = utc_now,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._plane = plane
+        self._node = node
+        self._now = now
+        self._rng = rng or random.Random()  # noqa: S311 (jitter, no secret)
+        self._machine = DeltaMachine()
+        self._reader = RecordReader()
+        self._connected = False
+        self._loads = self._refused = 0
+        self.loaded_at: datetime | None = None
+        """When the newest push took effect."""
+        self._outage: MeshbpfError | None = None
+        self.terminations: Counter[str] = Counter()
+        self.messages: Counter[str] = Counter()
+        """Received, by type."""
+        self.message_bytes: Counter[str] = Counter()
+
+    @property
+    def error(self) -> MeshbpfError | None:
+        """Why there is no stream, or which resources are not in force as they were sent."""
+        refused = self._machine.refused
+        if self._outage is not None or not refused:
+            return self._outage
+        shown = [f"{name}: {why}" if name else why for name, why in refused.items()]
+        return MeshbpfError(
+            "bad-push",
+            f"{len(refused)} resources refused: {'; '.join(shown[:_SHOWN])}",
+            "all others are in force; istiod's log has the whole text",
+        )
+
+    @property
+    def kind(self) -> StateKind:
+        """It is a control plane's."""
+        return "xds"
+
+    @property
+    def origin(self) -> str:
+        """Its address."""
+        return f"https://{self._plane.authority}"
+
+    @property
+    def healthy(self) -> bool:
+        """Some state is in force. That istiod is away makes it no less true (see above)."""
+        return self._machine.ready
+
+    @property
+    def objects(self) -> ObjectSet | None:
+        """Istiod sends records, not objects."""
+        return None
+
+    async def find_pod(self, _namespace: str, _name: str) -> KubeObject | None:
+        """Istiod sends records, not objects."""
+        await trio.lowlevel.checkpoint()
+        return None
+
+    def warnings(self) -> tuple[str, ...]:
+        """Nothing beyond `error`: what is refused is refused by name there."""
+        return ()
+
+    def load(self) -> None:
+        """The first state comes from `watch`."""
+        return
+
+    def families(self) -> Iterator[Family]:
+        """Ztunnel's three metrics of it."""
+        for name, told, label, counts in (
+            (
+                "istio_xds_connection_terminations",
+                "The total number of completed connections to xds server (unstable)",
+                "reason",
+                self.terminations,
+            ),
+            (
+                "istio_xds_message",
+                "Total number of messages received (unstable)",
+                "url",
+                self.messages,
+            ),
+            (
+                "istio_xds_message_bytes",
+                "Total number of bytes received (unstable)",
+                "url",
+                self.message_bytes,
+            ),
+        ):
+            yield labelled(name, told, Kind.COUNTER, label, counts)
+
+    def statistics(self) -> XdsStatistics:
+        """Counters since the start."""
+        return XdsStatistics(self._loads, self._refused, int(self._connected))
+
+    async def watch(
+        self, mesh: MeshWriter, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Stream after stream, until cancelled; started when each type has arrived once."""
+        backoff = Backoff(self._rng)
+        began = False
+
+        def progressed() -> None:
+            nonlocal began
+            if self._machine.ready and not began:
+                began = True
+                task_status.started()
+
+        while True:
+            before = self._loads
+            ending, error = await self._stream(mesh, progressed)
+            self._connected = False
+            self.terminations[ending.value] += 1
+            self._outage = error
+            pause_s = backoff.after(ending, useful=self._loads > before)
+            told = log.debug if ending in (Ending.COMPLETE, Ending.RECONNECT) else log.warning
+            told(
+                "stream ended",
+                reason=ending.value,
+                cause="" if error is None else error.what,
+                retry_s=round(pause_s, 3),
+            )
+            await trio.sleep(pause_s)
+
+    async def _stream(
+        self, mesh: MeshWriter, progressed: Callable[[], None]
+    ) -> tuple[Ending, MeshbpfError | None]:
+        received = self.messages.total()
+        try:
+            async with self._plane.channel() as channel:
+                metadata = await self._plane.metadata()
+                async with channel.call(xds.METHOD, metadata=metadata) as call:
+                    for request in self._machine.opening():
+                        await call.send(xds.encode(request, self._node))
+                    async for message in call:
+                        self._connected, self._outage = True, None
+                        await self._take(call, message, mesh)
+                        progressed()
+                return Ending.COMPLETE, None
+        except UnreachableError as error:
+            return Ending.CONNECTION_ERROR, error
+        except GrpcError as error:
+            if self.messages.total() == received:
+                return Ending.CONNECTION_ERROR, error
+            if error.status in _COME_AGAIN:
+                return Ending.RECONNECT, error
+            return Ending.ERROR, error
+        except MeshbpfError as error:
+            return Ending.ERROR, error
+
+    async def _take(self, call: Call, message: bytes, mesh: MeshWriter) -> None:
+        """Put one push into force and answer it."""
+        push = await trio.to_thread.run_sync(xds.decode, message)
+        self.messages[push.type_url] += 1
+        self.message_bytes[push.type_url] += len(message)
+        read = await trio.to_thread.run_sync(self._read, push)
+        refused = read.refused
+        try:
+            await mesh.apply_delta(read.delta)
+        except MeshbpfError as error:
+            refused = {"": error.what}
+        else:
+            self._loads += 1
+            self.loaded_at = self._now()
+        answer = self._machine.answer(push, refused)
+        self._note(push, len(refused))
+        await call.send(xds.encode(answer, None))
+
+    def _read(self, push: Push) -> ReadPush:
+        return read_push(push, self._reader, heap.grown)
+
+    def _note(self, push: Push, refused: int) -> None:
+        self._refused += refused
+        fields = {
+            "type": push.type_url.rpartition(".")[2],
+            "resources": len(push.resources),
+            "removed": len(push.removed),
+        }
+        if refused:
+            log.error("resources of a push refused", cause=self.error, **fields)
+        else:
+            log.debug("push in force", **fields)
