@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL ZTUNNEL_CA H2SPEC ISTIOCTL
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint types unit bpf netns containerd peers interop slow cni cni-test deb nspawn bench bench-quick bench-attach bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
+.PHONY: help ready setup demo test lint types unit bpf netns containerd peers interop slow cni cni-test deb nspawn bench bench-quick bench-attach bench-scale bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -83,6 +83,9 @@ bench-quick: ready  ## nine ratios to no mesh in less than a minute, one JSON ob
 
 bench-store:  ## the mesh state at 200,000 workloads: memory, deltas, lookups
 	@$(PY) -m tests.bench.store
+
+bench-scale:  ## memory and CPU as the number of open connections grows
+	@$(PY) -m tests.bench.scale
 
 bench-attach:  ## seconds for 100 attaches and one more, memory of the agent
 	@$(PY) -m tests.bench.attach
