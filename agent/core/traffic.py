@@ -134,11 +134,15 @@ def labels(
     service: Service | None,
     mutual_tls: bool,
     flag: ResponseFlag = ResponseFlag.NONE,
+    destination_described: Described | None = None,
+    destination_identity: SpiffeId | None = None,
 ) -> Labels:
     """A value for each label of one connection.
 
     `source_identity` is what mutual TLS proves (or will prove) of the client;
-    the destination's principal is what the mesh state says, as in ztunnel.
+    the destination's principal is what the mesh state says, as in ztunnel. A
+    destination behind another network's gateway is not in the state: it is
+    what it says of itself, and its identity what it has proven.
     """
     source_principal = UNKNOWN if source_identity is None else str(source_identity)
     if source is not None:
@@ -158,17 +162,7 @@ def labels(
         client_place = (place.region or UNKNOWN, place.zone or UNKNOWN)
     else:
         said = described or _NOBODY
-        name, revision = said.workload or UNKNOWN, said.revision or UNKNOWN
-        client = (
-            name,
-            said.service or UNKNOWN,
-            revision,
-            said.namespace or UNKNOWN,
-            source_principal,
-            name,  # sic: of a described peer `app` is the workload's name
-            revision,
-            said.cluster or UNKNOWN,
-        )
+        client = _as_described(said, source_principal)
         client_place = (said.region or UNKNOWN, said.zone or UNKNOWN)
     if service is not None:
         asked: Labels = (service.hostname, service.namespace, service.name)
@@ -190,8 +184,10 @@ def labels(
         )
         server_place = (place.region or UNKNOWN, place.zone or UNKNOWN)
     else:
-        server = (UNKNOWN,) * 8
-        server_place = (UNKNOWN, UNKNOWN)
+        said = destination_described or _NOBODY
+        principal = UNKNOWN if destination_identity is None else str(destination_identity)
+        server = _as_described(said, principal)
+        server_place = (said.region or UNKNOWN, said.zone or UNKNOWN)
     return (
         reporter.value,
         *client,
@@ -202,6 +198,21 @@ def labels(
         "mutual_tls" if mutual_tls else UNKNOWN,
         *client_place,
         *server_place,
+    )
+
+
+def _as_described(said: Described, principal: str) -> Labels:
+    """The eight labels of an end that only its own words describe."""
+    name, revision = said.workload or UNKNOWN, said.revision or UNKNOWN
+    return (
+        name,
+        said.service or UNKNOWN,
+        revision,
+        said.namespace or UNKNOWN,
+        principal,
+        name,  # sic: of a described peer `app` is the workload's name
+        revision,
+        said.cluster or UNKNOWN,
     )
 
 

@@ -107,6 +107,8 @@ class LiveConnection:
     source_described: Described | None = None
     """What an HBONE client said of itself; used where the mesh knows no workload."""
     destination_workload: Workload | None = None
+    destination_described: Described | None = None
+    """What an HBONE server on another network said of itself; the mesh knows but its gateway."""
     destination_service: Service | None = None
     """For telemetry: inbound it may be a guess."""
     service: str = ""
@@ -160,6 +162,8 @@ class LiveConnection:
             destination=self.destination_workload,
             service=self.destination_service,
             mutual_tls=self.mutual_tls,
+            destination_described=self.destination_described,
+            destination_identity=self.destination_identity if self.destination_described else None,
         )
         if self.announced:
             self.announced_labels = found

@@ -20,7 +20,7 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.route import HboneRoute, PlainRoute, Refused, Route
 from meshbpf.agent.core.routing import outbound
 from meshbpf.agent.core.service import Service
-from meshbpf.agent.core.traffic import Reporter
+from meshbpf.agent.core.traffic import Reporter, parse_baggage
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.connections import (
@@ -149,7 +149,8 @@ class Outbound:
             case HboneRoute():
                 live.tunnel_address = route.gateway
                 live.source_identity = workload.identity
-                self._connections.announce(live)
+                if route.inner is None:  # else it turns out who is behind the gateway
+                    self._connections.announce(live)
                 await self._hbone(app, live, workload, route)
 
     async def _plain(self, app: socket.socket, live: LiveConnection, route: PlainRoute) -> None:
@@ -223,11 +224,15 @@ class Outbound:
         stream = tunnel.open(self._request(live, workload, route, workload.network))
         try:
             answer = await stream.wait_response()
-            _expect_200(answer, stream, f"{route.authority} behind {route.gateway}")
+            found = _expect_200(answer, stream, f"{route.authority} behind {route.gateway}")
         except BaseException:
             live.error = live.error or stream.failure
             stream.abandon()
             raise
+        live.destination_workload = None
+        live.destination_described = parse_baggage(headers.text(found.headers, b"baggage"))
+        live.destination_identity = stream.tunnel.peer
+        self._connections.announce(live)
         return stream
 
     def _request(
@@ -292,11 +297,14 @@ class Outbound:
         return min(own, key=int, default=source)
 
 
-def _expect_200(answer: ResponseReceived | None, stream: TunnelStream, whom: str) -> None:
+def _expect_200(
+    answer: ResponseReceived | None, stream: TunnelStream, whom: str
+) -> ResponseReceived:
     if answer is None:
         raise WireError("stream-failed", f"{whom}: {stream.failure}")
     if answer.status != 200:
         raise WireError(f"status-{answer.status}", f"{whom} answered {answer.status}")
+    return answer
 
 
 def _service_name(service: Service | None) -> str:

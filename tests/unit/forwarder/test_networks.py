@@ -19,6 +19,7 @@ import trio
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.traffic import LABELS
 from meshbpf.agent.runtime.handshake import shake_hands
 from meshbpf.agent.runtime.sockets import prepare
 from meshbpf.agent.runtime.stream import TunnelStream
@@ -153,6 +154,12 @@ async def test_a_pod_of_another_network_is_reached_through_its_gateway(rig: Rig)
         (here,) = rig.client.connections.list()
         assert here.destination_identity == DB
         assert str(here.upstream) == f"{PLAIN_SERVER}:{GATE_PORT}"
+        # What we know of the far side is what it has proven, and says of itself.
+        (ours,) = rig.client.connections._live.values()
+        told = dict(zip(LABELS, ours.labels(), strict=True))
+        assert told["destination_workload_namespace"] == "db"
+        assert told["destination_principal"] == str(DB)
+        assert told["destination_service"] == "hbone.db.svc"
         # What the far side knows of the client is what it says of itself.
         (live,) = rig.server.connections._live.values()
         assert live.source_workload is None

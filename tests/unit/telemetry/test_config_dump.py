@@ -118,7 +118,7 @@ def test_workloads_and_policies_of_a_dump_can_be_loaded_again() -> None:
     text = yaml.safe_dump({key: document[key] for key in ("workloads", "policies")})
     again = parse_local_xds(text, "dump")
     assert {one.uid for one in again.workloads} == {one.uid for one in samples.SNAPSHOT.workloads}
-    assert again.policies == samples.SNAPSHOT.policies
+    assert again.policies == tuple(samples.SNAPSHOT.policies)
 
 
 def test_rare_fields_have_ztunnels_spelling() -> None:
