@@ -201,10 +201,10 @@ async def test_silent_connections_make_room_for_those_who_speak(
     async with AsyncExitStack() as stack:
         for n in range(40):
             await stack.enter_async_context(await connect(rig, HELLO if n % 2 else b""))
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while places.evicted < 32:  # noqa: ASYNC110
                 await trio.sleep(0.01)
-        with trio.fail_after(5):  # the limit of a handshake is a minute here
+        with trio.fail_after(30):  # the limit of a handshake is a minute here
             async with rig.joined() as (client, app):
                 await client.send_all(b"hello")
                 assert await app.receive_some(100) == b"hello"
