@@ -380,7 +380,7 @@ class ExplainRequest(Request[ExplainResult], frozen=True):
     method: str = "GET"
     """Of the request that a waypoint would see on the connection; path and headers likewise."""
     path: str = "/"
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 # --- logs -------------------------------------------------------------------
