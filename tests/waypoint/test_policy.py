@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tests.progs.program import Program, eventually
 from tests.unit.l7.wasm import filters
 from tests.waypoint.bed import WaypointBed, a_service, an_object, inside_connect, vip
+from tests.waypoint.grpc import Grpc
 
 pytestmark = [pytest.mark.root, pytest.mark.netns]
 
@@ -220,6 +221,13 @@ def test_a_denied_path_is_forbidden_however_it_is_written(guarded: WaypointBed) 
     for path in ("/admin", "/admin/x/y", "/x/../admin", "/%61dmin", "/./admin?q=1"):
         answer = guarded.get("p-deny", path)
         assert (answer.status, answer.body) == (403, b"RBAC: access denied"), path
+
+
+def test_a_denied_grpc_call_gets_its_status_as_grpc_has_it(guarded: WaypointBed) -> None:
+    with Grpc(guarded["n1a"], vip("p-deny"), 7070) as client:
+        assert client.call("/shop.Cart/Get").grpc == 0
+        denied = client.call("/admin/Get")
+        assert (denied.http, denied.grpc) == (200, 7)
 
 
 def test_an_allow_holds_for_its_callers_and_methods_alone(guarded: WaypointBed) -> None:
