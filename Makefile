@@ -3,10 +3,10 @@
 # not have make yet. Outside binaries are always named: make bench ZTUNNEL=PATH.
 SHELL := /bin/sh
 PY := .venv/bin/python
-export ZTUNNEL ZTUNNEL_CA H2SPEC ISTIOCTL
+export ZTUNNEL ZTUNNEL_CA H2SPEC ISTIOCTL K8S_BIN
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint types unit bpf netns containerd peers interop slow cni cni-test deb nspawn bench bench-quick bench-attach bench-scale bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store
+.PHONY: help ready setup demo test lint types unit bpf netns containerd peers interop slow cni cni-test deb nspawn bench bench-quick bench-attach bench-scale bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store helm-lint image
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,6 +56,12 @@ cni:  ## the CNI plugin, as build/meshbpf-cni
 
 cni-test:  ## each verb of the plugin, and pods that a real containerd makes with it
 	@$(PY) -m pytest -m "cni and not slow" tests/cni tests/containerd
+
+helm-lint:  ## the Helm chart: helm lint --strict, helm template, the output against the API's types
+	@tools/helm-lint
+
+image:  ## the container image of dist/meshbpf_*.deb (BUILDER=podman or docker)
+	@$(or $(BUILDER),podman) build -t meshbpf:dev -f packaging/image/Containerfile .
 
 deb:  ## the Debian package, in dist/
 	@packaging/build

@@ -1,0 +1,88 @@
+"""The Helm chart says what the code does: rights, metrics, options."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import meshbpf
+from meshbpf.agent.config_keys import KEYS
+from meshbpf.agent.core.kube_mesh import KINDS
+from meshbpf.agent.runtime.kubernetes import plural
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "packaging" / "helm" / "meshbpf"
+# Metrics that are made with a prefix and a loop, and Istio's, which traffic_metrics.py makes.
+SOURCES = ("agent_metrics.py", "traffic_metrics.py")
+METRIC = re.compile(r"\b(?:meshbpf|istio)_[a-z_]+\b")
+
+
+def rules() -> list[dict[str, Any]]:
+    text = (CHART / "templates" / "clusterrole.yaml").read_text()
+    part = text[text.index("rules:") : text.index("\n---")]
+    found: list[dict[str, Any]] = yaml.safe_load(part)["rules"]
+    return found
+
+
+def test_the_role_grants_what_is_watched_and_the_annotation_and_nothing_else() -> None:
+    granted = {
+        (group, resource, verb)
+        for rule in rules()
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    wanted = {
+        (group, plural(kind), verb)
+        for group, _version, kind in KINDS
+        for verb in ("get", "list", "watch")
+    }
+    assert granted == wanted | {("", "pods/status", "patch")}
+
+
+def test_every_metric_in_alerts_and_dashboard_is_one_that_the_agent_has() -> None:
+    code = "".join((ROOT / "agent" / "runtime" / name).read_text() for name in SOURCES)
+    used = set(METRIC.findall((CHART / "alerts.yaml").read_text()))
+    dashboard = json.loads((CHART / "dashboards" / "meshbpf.json").read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            used |= set(METRIC.findall(target["expr"]))
+    assert len(used) > 12
+    for name in used:
+        bare = name.removesuffix("_total")
+        known = bare in code or any(
+            bare.startswith(prefix) and bare.removeprefix(prefix) in code
+            for prefix in ("meshbpf_pool_", "istio_tcp_")
+        )
+        assert known, f"nothing makes {name}"
+
+
+def test_the_daemonset_gives_run_options_that_it_has() -> None:
+    text = (CHART / "templates" / "daemonset.yaml").read_text()
+    agent = text[text.index("- run\n") : text.index("env:")]
+    options = set(re.findall(r"- (--[a-z-]+)", agent))
+    assert options <= {key.option for key in KEYS}
+    assert {"--kubernetes", "--node", "--state-dir", "--ca-dir"} <= options
+
+
+def test_the_chart_is_of_this_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == meshbpf.__version__
+
+
+def test_every_value_is_in_the_schema_and_has_a_default() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def compare(given: dict[str, Any], known: dict[str, Any], path: str) -> None:
+        named = known["properties"]
+        assert set(given) == set(named) - {"global"}, path
+        for key, value in given.items():
+            if isinstance(value, dict) and "properties" in named[key]:
+                compare(value, named[key], f"{path}.{key}")
+
+    compare(values, schema, "values")
