@@ -60,6 +60,13 @@ SYSCTLS = (
         "1",
     ),
     Sysctl(
+        "net.ipv4.conf.all.rp_filter",
+        lambda value: value != 1,
+        "packets that come back by another interface than their answer would leave by are dropped: "
+        "on nodes with several links pods lose connections",
+        "2",
+    ),
+    Sysctl(
         "net.core.somaxconn",
         lambda value: value >= _BACKLOG,
         f"bursts of new connections beyond it are dropped, where the agent allows {_BACKLOG}",

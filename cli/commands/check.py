@@ -11,6 +11,7 @@ from meshbpf.agent.api import StatusResult
 from meshbpf.agent.core.errors import Exit
 from meshbpf.cli.checks.host import settings
 from meshbpf.cli.checks.model import Category, Finding, result_of, view
+from meshbpf.cli.checks.neighbours import attached_pods, neighbours
 from meshbpf.cli.checks.running import running_agent
 from meshbpf.cli.options import Session, common_options, pass_session, require_root
 from meshbpf.cli.output import emit
@@ -30,12 +31,13 @@ def command(session: Session, strict: bool) -> Exit:
     """Say what this machine can do for meshbpf, what it lacks, and what follows.
 
     Looks at the kernel by trying what the agent needs (nothing is changed), at settings
-    of the host, and at the agent if one answers. Exit status: 0 no problem found, 79 at
-    least one, 77 not root.
+    of the host, at what else works on its packets, and at the agent if one answers. Exit
+    status: 0 no problem found, 79 at least one, 77 not root.
     """
     require_root("check")
     # Only here: probing needs the data path, which no other client command touches.
     from meshbpf.agent.datapath.features import cgroup_reason, probe
+    from meshbpf.agent.datapath.interplay import look
 
     features = probe()
     agent, status = running_agent(session)
@@ -45,6 +47,7 @@ def command(session: Session, strict: bool) -> Exit:
             kernel("system", (item for item in features if item.least_kernel is None)),
             Category(name="capture", findings=(capture(features, status, cgroup_reason()),)),
             settings(),
+            neighbours(look(attached_pods(session))),
             agent,
         )
     )

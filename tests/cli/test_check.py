@@ -52,6 +52,7 @@ LACKS = (
 GOOD_SYSCTLS = {
     "net.ipv4.ip_forward": "1",
     "net.ipv6.conf.all.forwarding": "1",
+    "net.ipv4.conf.all.rp_filter": "2",
     "net.core.somaxconn": "4096",
     "net.core.bpf_jit_enable": "1",
     "kernel.unprivileged_bpf_disabled": "2",
@@ -112,8 +113,9 @@ def test_good_settings_are_all_ok(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sysctl", SYSCTLS, ids=lambda sysctl: sysctl.name)
 def test_each_setting_warns_when_it_is_bad(tmp_path: Path, sysctl: Any) -> None:
-    found = sysctl.look(proc_sys(tmp_path, {sysctl.name: "0"}))
-    assert (found.outcome, found.found) == ("warning", "0")
+    bad = "1" if sysctl.wanted(0) else "0"
+    found = sysctl.look(proc_sys(tmp_path, {sysctl.name: bad}))
+    assert (found.outcome, found.found) == ("warning", bad)
     assert found.consequence
     better = found.hint.rpartition("=")[2]
     assert sysctl.look(proc_sys(tmp_path, {sysctl.name: better})).outcome == "ok"
