@@ -110,3 +110,4 @@ protos:  ## write agent/wire/pb from agent/wire/protos
 
 clean:  ## remove the venv and everything generated
 	rm -rf .venv build dist meshbpf.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .cache
+	rm -f agent/runtime/_relay.*.so
