@@ -2,7 +2,8 @@
 
 A waypoint may serve a thousand services under a thousand policies; a source
 is asked for each service, and again whenever any object changes. What was read
-of an object stays for as long as the object itself does.
+of an object stays for as long as the object itself does; what it said while it
+was good, until it is good again or gone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from meshbpf.agent.core.objects import KubeObject, ObjectSet
+from meshbpf.agent.core.objects import KubeObject, ObjectKey, ObjectSet
 from meshbpf.agent.l7.problem import ObjectError
 from meshbpf.agent.l7.sources import Scope
 
@@ -24,7 +25,8 @@ class Memo:
 
     def __init__(self) -> None:
         self._objects: ObjectSet | None = None
-        self._read: dict[tuple[Any, Hashable], tuple[KubeObject, Any]] = {}
+        self._read: dict[tuple[Any, ObjectKey], tuple[KubeObject, Any]] = {}
+        self._good: dict[tuple[Any, ObjectKey], Any] = {}
         self._made: dict[Hashable, Any] = {}
 
     def turn(self, objects: ObjectSet) -> None:
@@ -37,6 +39,7 @@ class Memo:
                 for key, found in self._read.items()
                 if objects.by_key.get(found[0].key) is found[0]
             }
+            self._good = {key: ok for key, ok in self._good.items() if key[1] in objects.by_key}
 
     def every(self, group: str, kind: str) -> tuple[KubeObject, ...]:
         """All objects of a kind."""
@@ -50,7 +53,7 @@ class Memo:
         if found is None or found[0] is not each:
             result: Any
             try:
-                result = parse(each)
+                result = self._good[key] = parse(each)
             except ObjectError as error:
                 result = error
             found = self._read[key] = (each, result)
@@ -58,6 +61,11 @@ class Memo:
             raise found[1].with_traceback(None)  # which would grow with every raise
         value: T = found[1]
         return value
+
+    def last_good(self, each: KubeObject, parse: Callable[[KubeObject], T]) -> T | None:
+        """What `parse` made of the object before it went bad; None when it never was good."""
+        found: T | None = self._good.get((parse, each.key))
+        return found
 
     def make(self, key: Hashable, build: Callable[[], T]) -> T:
         """`build()`, once for each set of objects."""

@@ -1,8 +1,8 @@
 """From the objects to the authentication filter of a destination.
 
-A bad RequestAuthentication is left out whole and reported: with none of its
-rules no token of its issuers is believed, so a policy that demands a request
-principal refuses, and fails closed.
+A RequestAuthentication that goes bad stays in force as it was. One that never
+was good is left out whole: no token of its issuers is believed, so a policy
+that demands a request principal refuses, and fails closed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def authentication(scope: Scope) -> tuple[list[Filter], list[Problem]]:
             read = memo.read(each, parse_authentication)
         except ObjectError as error:
             problems.append(error.problem(each))
-            continue
+            good = memo.last_good(each, parse_authentication)
+            if good is None:
+                continue
+            read = good
         if applies(scope, read.key, read.targets):
             rules += read.rules
     if not rules:

@@ -1,8 +1,8 @@
 """From an AuthorizationPolicy object to an HttpPolicy.
 
 What Istio's admission webhook would refuse (pkg/config/validation) raises
-ObjectError here, with the field. `read_policy` turns that into a policy that
-fails closed, so that a typing error does not open a service.
+ObjectError here, with the field. `closed_policy` makes of such an object a
+policy that fails closed, so that a typing error does not open a service.
 """
 
 from __future__ import annotations
@@ -57,14 +57,6 @@ _TRUE = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 _FALSE = frozenset({"0", "f", "F", "false", "FALSE", "False"})
 
 
-def read_policy(source: KubeObject) -> tuple[HttpPolicy, ObjectError | None]:
-    """The policy, failing closed when the object is bad, and what is bad about it."""
-    try:
-        return parse_policy(source), None
-    except ObjectError as error:
-        return _closed(source, error), error
-
-
 def parse_policy(source: KubeObject) -> HttpPolicy:
     """The policy; ObjectError names the field that makes it unusable."""
     spec = Value.spec(source)
@@ -86,7 +78,7 @@ def parse_policy(source: KubeObject) -> HttpPolicy:
     return HttpPolicy(source.key, action, rules, targets, provider, dry_run=_dry_run(source, spec))
 
 
-def _closed(source: KubeObject, error: ObjectError) -> HttpPolicy:
+def closed_policy(source: KubeObject, error: ObjectError) -> HttpPolicy:
     """As much of a bad policy as says what it would close, and where."""
     raw: Any = source.body.get("spec")
     spec: Mapping[str, Any] = raw if isinstance(raw, Mapping) else {}

@@ -1,7 +1,8 @@
 """From the objects to the authorization filters of a destination.
 
-A bad policy fails closed where it says that it applies (parse.py); one whose
-targetRefs cannot be read applies nowhere, and its Problem is all there is.
+A policy that goes bad stays in force as it was. One that never was good fails
+closed where it says that it applies (parse.py); where its targetRefs cannot be
+read it applies nowhere, and its Problem is all there is.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from meshbpf.agent.l7.attachment import applies
 from meshbpf.agent.l7.authz.custom import ExternalAuthorization
 from meshbpf.agent.l7.authz.filter import AuthorizationFilter
-from meshbpf.agent.l7.authz.parse import GROUP, KIND, read_policy
+from meshbpf.agent.l7.authz.parse import GROUP, KIND, closed_policy, parse_policy
 from meshbpf.agent.l7.authz.policy import Action, HttpPolicy
 from meshbpf.agent.l7.authz.trust import with_aliases
 from meshbpf.agent.l7.filter import Filter
@@ -51,9 +52,11 @@ def policies_at(scope: Scope) -> tuple[list[HttpPolicy], list[Problem]]:
     problems: list[Problem] = []
     memo = memo_of(scope)
     for each in memo.every(GROUP, KIND):
-        policy, error = memo.read(each, read_policy)
-        if error is not None:
+        try:
+            policy = memo.read(each, parse_policy)
+        except ObjectError as error:
             problems.append(error.problem(each))
+            policy = memo.last_good(each, parse_policy) or closed_policy(each, error)
         if applies(scope, policy.key, policy.targets):
             policies.append(policy)
     if policies:

@@ -1,8 +1,8 @@
 """From the objects to the plugins of a destination.
 
-A plugin whose object is bad is left out and reported, as Istio's admission
-would not have taken it; one whose code cannot be had or run acts by its
-`failStrategy`.
+A plugin whose object goes bad runs on as it was. One that never was good is
+left out, as Istio's admission would not have taken it; one whose code cannot
+be had or run acts by its `failStrategy`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def wasm_plugins(scope: Scope) -> tuple[list[Filter], list[Problem]]:
                 plugin = memo.read(each, plugins_in(scope.keep).parse)
             except ObjectError as error:
                 problems.append(error.problem(each))
-                continue
+                good = None if _MISSING else memo.last_good(each, plugins_in(scope.keep).parse)
+                if good is None:
+                    continue
+                plugin = good
             if applies(scope, plugin.key, plugin.targets):
                 found.append(plugin)
     # The highest first; the phase is sorted by later, and stably.

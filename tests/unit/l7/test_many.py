@@ -117,3 +117,22 @@ def test_the_mesh_configuration_says_how_far_paths_are_rewritten() -> None:
         assert isinstance(filters[0], NormalizePath)
         assert filters[0]._level is PathNormalization(level)
         assert bool(problems) is (given is not text)
+
+
+def test_a_policy_that_goes_bad_stays_as_it_was_until_it_is_good_or_gone() -> None:
+    good = policy("echo", action="DENY", rules=[{"to": [{"operation": {"paths": ["/a"]}}]}])
+    bad = policy("echo", action="DENY", rules=[{"to": [{"operation": {"pathz": ["/a"]}}]}])
+    scope = a_scope(good)
+
+    def passes(path: str, *objects: KubeObject) -> tuple[bool, int]:
+        changed = replace(scope, objects=ObjectSet.of(objects))
+        filters, problems = authorization(changed)
+        allowed = all(f.on_request(an_exchange(path=path)) is CONTINUE for f in filters)
+        return allowed, len(problems)
+
+    assert passes("/a", good) == (False, 0)
+    assert passes("/a", bad) == (False, 1)
+    assert passes("/b", bad) == (True, 1)
+    assert passes("/a") == (True, 0)
+    # Gone and back as a bad one, it never was good: closed.
+    assert passes("/b", bad) == (False, 1)
