@@ -143,6 +143,8 @@ class Settings:
     """How long an attach by name waits for the mesh state to name the pod."""
     enrol: bool = False
     """Attach the pods of this node that the mesh state enrols, without being asked."""
+    pod_connections: int = 0
+    """How many connections a pod may have at a time; 0: its share of the descriptors alone."""
     termination_deadline_s: float = TERMINATION_DEADLINE_S
     """How long connections may go on after SIGTERM."""
     reload_deadline_s: float = RELOAD_DEADLINE_S
@@ -172,6 +174,7 @@ class Settings:
         # Three beats of 100 ms must fit, or a busy moment looks like a death.
         _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0, "300ms to 60s")
         _between("account-wait", self.account_wait_s, 0.0, 45.0, "0s to 45s")
+        _between("pod-connections", self.pod_connections, 0, 10_000_000, "0 to 10000000")
         _between("termination-deadline", self.termination_deadline_s, 0.0, 3600.0, "0s to 1h")
         _between("reload-deadline", self.reload_deadline_s, 0.0, 7 * _UNIT_S["d"], "0s to 7d")
         _between("readiness-port", self.readiness_port, 1, 65535, "1 to 65535")

@@ -145,6 +145,7 @@ KEYS: tuple[Key, ...] = (
     Key("cri-socket", "cri_socket", str, Path),
     Key("account-wait", "account_wait_s", _DURATION, _duration),
     Key("enrol", "enrol", bool, _as_is),
+    Key("pod-connections", "pod_connections", int, _as_is),
     Key("termination-deadline", "termination_deadline_s", _DURATION, _duration),
     Key("reload-deadline", "reload_deadline_s", _DURATION, _duration),
     Key("readiness-port", "readiness_port", int, _as_is),

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from meshbpf.agent import config_place
+from meshbpf.agent import config_place, config_ztunnel
 from meshbpf.agent.config import DEFAULT_STATE_DIR, Exemptions, OptionError, Settings
 from meshbpf.agent.config_keys import (
     BY_NAME,
@@ -113,6 +113,8 @@ def resolve(
                 values[key.name] = Value(key.of_text(text), origin)
             except ConfigError as error:
                 raise misplaced(origin, key.name, error) from None
+        elif (theirs := config_ztunnel.of_environment(key.name, environ)) is not None:
+            values[key.name] = theirs
         elif key.name in from_file:
             values[key.name] = from_file[key.name]
         else:

@@ -172,6 +172,13 @@ _OPTIONS: tuple[Any, ...] = (
         help="Silence after which the kernel takes the agent for dead.  [default: 500ms]",
     ),
     click.option(
+        "--pod-connections",
+        type=click.IntRange(0, 10_000_000),
+        metavar="COUNT",
+        help="How many connections a pod may have at a time; more are reset. 0: only its share "
+        "once descriptors are scarce.  [default: 0]",
+    ),
+    click.option(
         "--termination-deadline",
         "termination_deadline_s",
         type=DURATION,

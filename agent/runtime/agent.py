@@ -24,6 +24,7 @@ from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.datapath.steering import Capture, Steering
 from meshbpf.agent.runtime import reports
+from meshbpf.agent.runtime.bounds import Bounds
 from meshbpf.agent.runtime.carrying import Carrying
 from meshbpf.agent.runtime.certs import CertificateStore, utc_now
 from meshbpf.agent.runtime.cni import CniService
@@ -164,6 +165,7 @@ class Agent:
             cluster_domain=settings.cluster_domain,
             carrier=carrying.carrier,
             gate=self.gate,
+            bounds=Bounds.of_process(settings.pod_connections),
         )
         self.pods = pods = PodManager(
             settings,
@@ -522,6 +524,8 @@ class Agent:
             mesh=self._mesh.current,
             pods=self._all_pods,
             pools=lambda: self._forwarder.statistics().pools if self._forwarder else {},
+            turned_away=lambda: self._forwarder.turned_away() if self._forwarder else {},
+            predecessors=lambda: [one.connections for one in self.predecessors],
             decisions=lambda: self._steering.statistics().decisions if self._steering else None,
             loop_lag_s=lambda: self._heartbeat.statistics().loop_lag_s if self._heartbeat else None,
             ready=lambda: not self.readiness.pending(),

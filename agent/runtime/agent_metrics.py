@@ -39,6 +39,10 @@ class Numbers:
     """How many by state."""
     pools: Mapping[str, PoolStatistics]
     """Tunnels that each pod opened."""
+    turned_away: Mapping[str, int]
+    """Connections of each pod that were reset because it had its share."""
+    predecessors: Sequence[int]
+    """How many connections each agent carries that a reload has replaced."""
     mesh: Mapping[str, int]
     """How many workloads, services and policies the mesh state has."""
     mesh_version: int
@@ -93,6 +97,25 @@ def own(numbers: Numbers) -> Iterator[Family]:
     yield labelled("meshbpf_pods", "Pods of this agent", Kind.GAUGE, "state", numbers.pods)
     yield from _connections(numbers)
     yield from _tunnels(numbers.pools)
+    yield labelled(
+        "meshbpf_connections_turned_away",
+        "Connections that were reset because their pod had its share",
+        Kind.COUNTER,
+        "pod",
+        numbers.turned_away,
+    )
+    yield single(
+        "meshbpf_predecessors",
+        "Agents that a reload has replaced and that still drain",
+        Kind.GAUGE,
+        len(numbers.predecessors),
+    )
+    yield single(
+        "meshbpf_predecessor_connections",
+        "Connections that they carry",
+        Kind.GAUGE,
+        sum(numbers.predecessors),
+    )
     yield from _certificates(numbers.certs)
     yield from _logs(numbers.logs)
     yield labelled(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import trio
 
 from meshbpf.agent.datapath.steering import Role
+from meshbpf.agent.runtime.bounds import Bounds
 from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.connections import ConnectionRegistry, ConnectionStatistics
 from meshbpf.agent.runtime.dns_metrics import DnsMetrics
@@ -31,7 +32,7 @@ from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.mesh_view import MeshView
 from meshbpf.agent.runtime.outbound import Outbound
 from meshbpf.agent.runtime.pool import PoolStatistics
-from meshbpf.agent.runtime.sockets import SocketFactory, prepare
+from meshbpf.agent.runtime.sockets import SocketFactory, hang_up, prepare
 from meshbpf.agent.runtime.tasks import guarded
 
 __all__ = [
@@ -74,6 +75,8 @@ class ForwarderStatistics:
     """By pod."""
     accept_failures: int
     """Times that a listener ran out of descriptors or memory."""
+    turned_away: int
+    """Connections that were reset because their pod had its share."""
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +87,7 @@ class _Served:
     inbound: Inbound
     carried: int = 0
     """Accepted sockets that are not done with: connections and tunnels of others."""
+    turned_away: int = 0
 
 
 class Forwarder:
@@ -100,7 +104,10 @@ class Forwarder:
         cluster_domain: str = "cluster.local",
         carrier: Carrier | None = None,
         gate: Gate | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
+        self._bounds = bounds or Bounds.of_process()
+        self._turned_away = 0
         self._carrier = carrier
         self._mesh = mesh
         self._identities = identities
@@ -112,6 +119,7 @@ class Forwarder:
         self.gate = gate or Gate()
         """Whether any pod's connections are accepted."""
         self._served: dict[str, _Served] = {}
+        self._carried = 0
         self._idle = trio.Event()
         self._accept_failures = 0
 
@@ -180,7 +188,11 @@ class Forwarder:
     @property
     def carried(self) -> int:
         """Accepted sockets that are not done with."""
-        return sum(served.carried for served in self._served.values())
+        return self._carried
+
+    def turned_away(self) -> dict[str, int]:
+        """By pod: connections that were reset because it had its share."""
+        return {key: served.turned_away for key, served in self._served.items()}
 
     async def idle(self) -> None:
         """Return when nothing is carried."""
@@ -194,6 +206,7 @@ class Forwarder:
             connections=self._connections.statistics(),
             pools={key: served.pod.pool.statistics() for key, served in self._served.items()},
             accept_failures=self._accept_failures,
+            turned_away=self._turned_away,
         )
 
     async def _accept(
@@ -223,7 +236,11 @@ class Forwarder:
                     await trio.sleep(_EXHAUSTED_WAIT_S)
                     break
                 sock.setblocking(False)
+                if not self._bounds.admits(served.carried, self.carried, len(self._served)):
+                    self._turn_away(served, sock)
+                    continue
                 served.carried += 1
+                self._carried += 1
                 nursery.start_soon(self._carry, served, handler, sock)
 
     async def _carry(
@@ -236,7 +253,21 @@ class Forwarder:
             await guarded(handler, sock)
         finally:
             served.carried -= 1
+            self._carried -= 1
             self._look_whether_idle()
+
+    def _turn_away(self, served: _Served, sock: socket.socket) -> None:
+        hang_up(sock, finished=False)
+        self._turned_away += 1
+        served.turned_away += 1
+        # Each time it has doubled: a flood of these must not become one of lines.
+        if served.turned_away & (served.turned_away - 1) == 0:
+            log.warning(
+                "pod %s has %d connections, its share: %d turned away",
+                served.pod.key,
+                served.carried,
+                served.turned_away,
+            )
 
     def _look_whether_idle(self) -> None:
         if not self.carried:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import chain
@@ -57,6 +57,8 @@ class Parts:
     mesh: MeshView
     pods: Callable[[], Iterable[Pod]]
     pools: Callable[[], Mapping[str, PoolStatistics]]
+    turned_away: Callable[[], Mapping[str, int]]
+    predecessors: Callable[[], Sequence[int]]
     decisions: Callable[[], Mapping[str, int] | None]
     loop_lag_s: Callable[[], float | None]
     ready: Callable[[], bool]
@@ -191,6 +193,8 @@ class Monitoring:
             logs=parts.writer.statistics(),
             pods=states,
             pools=parts.pools(),
+            turned_away=parts.turned_away(),
+            predecessors=parts.predecessors(),
             mesh={
                 "workload": len(mesh.workloads),
                 "service": len(mesh.services),

@@ -95,7 +95,8 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, *options: str) -> Settings:
     """What `run` would start the agent with."""
     seen: list[Settings] = []
 
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, predecessor: object) -> int:
+        assert predecessor is None
         seen.append(settings)
         return 0
 
@@ -135,7 +136,11 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--kubeconfig", "/etc/kube"),
         *("--cri-socket", "/run/cri", "--account-wait", "2s"),
         *("--no-dns", "--cluster-domain", "k8s.example"),
+        *("--same-node", "hbone", "--pod-connections", "900"),
+        *("--termination-deadline", "3s", "--reload-deadline", "1h"),
     )
+    assert (settings.pod_connections, settings.same_node) == (900, "hbone")
+    assert (settings.termination_deadline_s, settings.reload_deadline_s) == (3.0, 3600.0)
     assert (settings.dns, settings.cluster_domain) == (False, "k8s.example")
     assert (settings.cri_socket, settings.account_wait_s) == (Path("/run/cri"), 2.0)
     # Mesh state comes from one place alone: the others are not given.
