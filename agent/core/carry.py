@@ -109,7 +109,7 @@ def footprint(
         )
         for ip in sorted(addresses, key=lambda ip: (ip.version, int(ip)))
     )
-    return (workload, tuple(mesh.policies_for(workload)), places, services)
+    return (workload, mesh.policies_for(workload), places, services)
 
 
 def _no(reason: str) -> Decision:
