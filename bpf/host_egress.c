@@ -72,7 +72,7 @@ int host_egress(struct __sk_buff *skb)
         counters->to_pod_packets += 1;
         counters->to_pod_bytes += skb->len;
     }
-    if (!(usual_flags(skb) & (TCP_SYN | UNUSUAL)))
+    if (!(usual_flags(skb, protocol_of(skb)) & (TCP_SYN | UNUSUAL)))
         return GO_ON;
     if (read_packet(skb, &packet) != TCP)
         return GO_ON;

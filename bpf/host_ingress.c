@@ -79,22 +79,53 @@ INLINE void note_handshake(struct __sk_buff *skb, u32 pod)
     }
 }
 
+// What nearly every packet is: under the pod's first address of its family, and
+// no part of a handshake.
+INLINE int is_usual(struct __sk_buff *skb, u32 protocol, u32 pod)
+{
+    u8 *data = (u8 *)(long)skb->data, *end = (u8 *)(long)skb->data_end;
+    struct pod_config *config = config_of(pod);
+
+    if (!config || (usual_flags(skb, protocol) & (TCP_SYN | UNUSUAL)))
+        return 0;
+    if (protocol == bpf_htons(ETH_P_IP)) {
+        struct iphdr *ip = (struct iphdr *)(data + ETH_HLEN);
+
+        if (data + ETH_HLEN + sizeof(struct iphdr) > end)
+            return 0;
+        return ip->saddr && ip->saddr == config->source_v4.word[3];
+    }
+    if (protocol == bpf_htons(ETH_P_IPV6)) {
+        u32 *source = (u32 *)(data + ETH_HLEN + 8);
+
+        if (data + ETH_HLEN + sizeof(struct ipv6hdr) > end)
+            return 0;
+        return source[0] && source[0] == config->source_v6.word[0] &&
+               source[1] == config->source_v6.word[1] && source[2] == config->source_v6.word[2] &&
+               source[3] == config->source_v6.word[3];
+    }
+    return 0;
+}
+
 int host_ingress(struct __sk_buff *skb)
 {
     u32 pod = this_pod();
     struct pod_counters *counters = map_find(MAP_POD_COUNTERS, &pod);
+    u32 protocol = protocol_of(skb);
     int allowed = 1;
 
     if (counters) {
         counters->from_pod_packets += 1;
         counters->from_pod_bytes += skb->len;
     }
-    if (skb->protocol == bpf_htons(ETH_P_IP))
+    if (is_usual(skb, protocol, pod))
+        return GO_ON;
+    if (protocol == bpf_htons(ETH_P_IP))
         allowed = may_send_v4(skb, pod);
-    else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+    else if (protocol == bpf_htons(ETH_P_IPV6))
         allowed = may_send_v6(skb, pod);
     if (allowed) {
-        if (usual_flags(skb) & (TCP_SYN | UNUSUAL))
+        if (usual_flags(skb, protocol) & (TCP_SYN | UNUSUAL))
             note_handshake(skb, pod);
         return GO_ON;
     }

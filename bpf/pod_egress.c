@@ -162,6 +162,10 @@ int pod_egress(struct __sk_buff *skb)
     u32 pod = this_pod();
     enum kind kind;
 
+    // Nearly every packet: of a connection of the pod's own that is not captured.
+    // A flow is what it was when it was opened.
+    if (sk && !(usual_flags(skb, protocol_of(skb)) & (TCP_SYN | UNUSUAL)) && !is_captured(sk))
+        return GO_ON;
     if (sk && is_agent_socket(sk)) {
         count(DECISION_AGENT_SOCKET);
         return GO_ON;

@@ -363,10 +363,11 @@ class Testbed:
         self.pods.pop(pod.name)
         if program := self.servers.pop(pod.name, None):
             program.end()
-        self._remove_namespaces(pod)
+        self.remove_namespaces(pod)
         self.write_mesh()
 
-    def _remove_namespaces(self, pod: Pod) -> None:
+    def remove_namespaces(self, pod: Pod) -> None:
+        """The pod's end, as the agents will notice by themselves."""
         _ip(self.node_netns(pod.node), [f"link delete {pod.veth}"])
         subprocess.run(["ip", "netns", "delete", pod.netns], check=True)
 

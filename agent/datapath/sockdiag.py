@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
@@ -40,10 +40,14 @@ _NETLINK_SOCK_DIAG: Final = 4
 # All but LISTEN (10), CLOSE (7) and TIME_WAIT (6): those hold no connection.
 _STATES: Final = 0xFFF & ~(1 << 10 | 1 << 7 | 1 << 6 | 1)
 
+_ANY_STATE: Final = 0xFFFFFFFF
+_WITH_INFO: Final = 1 << _INET_DIAG_INFO - 1
+
 _ID_BYTES: Final = 48
 _COOKIE_AT: Final = 40  # in struct inet_diag_sockid
 _TCP_INFO_BYTES_AT: Final = 120  # tcpi_bytes_acked, tcpi_bytes_received (linux/tcp.h)
 _ROUNDS: Final = 4
+_FEW: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,9 @@ class _Connection:
     captured: bool
 
 
-def _request(family: int, states: int, identity: bytes) -> bytes:
+def _request(family: int, states: int, identity: bytes, extensions: int = 0) -> bytes:
     """An inet_diag_req_v2."""
-    return struct.pack("BBBBI", family, socket.IPPROTO_TCP, 0, 0, states) + identity
+    return struct.pack("BBBBI", family, socket.IPPROTO_TCP, extensions, 0, states) + identity
 
 
 def _connections(nl: Netlink, captured_map_fd: int) -> list[_Connection]:
@@ -90,22 +94,54 @@ class SocketBytes:
     received: int
 
 
-def sample(netns: Netns) -> dict[int, SocketBytes]:
-    """Every TCP connection inside, by its socket's cookie."""
+def sample(netns: Netns, flows: Sequence[tuple[Flow, int]]) -> dict[int, SocketBytes]:
+    """What these connections have carried, by the cookie of the socket inside; not those gone.
+
+    A dump walks the hash table of the whole machine, so few sockets are asked
+    for one by one.
+    """
     found = {}
     with Netlink(netns, _NETLINK_SOCK_DIAG) as nl:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            body = struct.pack(
-                "BBBBI", family, socket.IPPROTO_TCP, 1 << _INET_DIAG_INFO - 1, 0, _STATES
-            )
-            for reply in nl.dump(_SOCK_DIAG_BY_FAMILY, body + bytes(_ID_BYTES), "list TCP"):
-                info = attributes(reply[72:]).get(_INET_DIAG_INFO, b"")
-                if len(info) < _TCP_INFO_BYTES_AT + 16:
-                    continue
+        replies = _one_by_one(nl, flows) if len(flows) <= _FEW else _dumped(nl)
+        for reply in replies:
+            info = attributes(reply[72:]).get(_INET_DIAG_INFO, b"")
+            if len(info) >= _TCP_INFO_BYTES_AT + 16:
                 acked, received = struct.unpack_from("QQ", info, _TCP_INFO_BYTES_AT)
                 (cookie,) = struct.unpack_from("Q", reply, 4 + _COOKIE_AT)
                 found[cookie] = SocketBytes(acked, received)
     return found
+
+
+def _one_by_one(nl: Netlink, flows: Iterable[tuple[Flow, int]]) -> Iterator[bytes]:
+    for flow, cookie in flows:
+        for family, identity in _identities(flow, cookie):
+            try:
+                body = _request(family, _ANY_STATE, identity, _WITH_INFO)
+                yield nl.get(_SOCK_DIAG_BY_FAMILY, body, "look at a connection")
+            except NetlinkError as error:
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
+            else:
+                break
+
+
+def _dumped(nl: Netlink) -> Iterator[bytes]:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        body = _request(family, _STATES, bytes(_ID_BYTES), _WITH_INFO)
+        yield from nl.dump(_SOCK_DIAG_BY_FAMILY, body, "list TCP connections")
+
+
+def _identities(flow: Flow, cookie: int) -> Iterator[tuple[int, bytes]]:
+    """Family and inet_diag_sockid of a flow's two ends: the client's socket, the server's."""
+    ends = (flow.source, flow.destination)
+    for local, remote in (ends, ends[::-1]):
+        yield (
+            socket.AF_INET if local.ip.version == 4 else socket.AF_INET6,
+            struct.pack(">HH", local.port, remote.port)
+            + local.ip.packed.ljust(16, b"\0")
+            + remote.ip.packed.ljust(16, b"\0")
+            + struct.pack("=IQ", 0, cookie),
+        )
 
 
 def destroy(netns: Netns, flows: Iterable[tuple[Flow, int]]) -> int:
@@ -118,16 +154,8 @@ def destroy(netns: Netns, flows: Iterable[tuple[Flow, int]]) -> int:
     ended = 0
     with Netlink(netns, _NETLINK_SOCK_DIAG) as nl:
         for flow, cookie in flows:
-            ends = (flow.source, flow.destination)
-            for local, remote in (ends, reversed(ends)):
-                body = _request(
-                    socket.AF_INET if local.ip.version == 4 else socket.AF_INET6,
-                    0xFFFFFFFF,
-                    struct.pack(">HH", local.port, remote.port)
-                    + local.ip.packed.ljust(16, b"\0")
-                    + remote.ip.packed.ljust(16, b"\0")
-                    + struct.pack("=IQ", 0, cookie),
-                )
+            for family, identity in _identities(flow, cookie):
+                body = _request(family, _ANY_STATE, identity)
                 try:
                     nl.do(_SOCK_DESTROY, body, "end a connection")
                 except NetlinkError as error:

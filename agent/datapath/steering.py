@@ -243,20 +243,24 @@ class Steering:
                 self._attacher.destroy_flows(record, by_pod[record.index]) for record in records
             )
 
-    def sample_flows(self, pods: Collection[int]) -> dict[int, dict[int, SocketBytes]]:
-        """What the TCP sockets of these pods have carried so far, by pod and socket cookie."""
-        found: dict[int, dict[int, SocketBytes]] = {}
+    def sample_flows(self, flows: Iterable[tuple[Flow, int, int]]) -> dict[int, SocketBytes]:
+        """What the watched sockets have carried, by cookie; given as to `destroy_flows`.
+
+        A socket that is not in the answer is gone.
+        """
+        by_pod: dict[int, list[tuple[Flow, int]]] = defaultdict(list)
+        for flow, pod, cookie in flows:
+            by_pod[pod].append((flow, cookie))
+        found: dict[int, SocketBytes] = {}
         with self._lock:
-            records = [record for record in self._records if record.index in pods]
+            records = [record for record in self._records if record.index in by_pod]
         for record in records:
             netns = self._attacher.netns_of(record)
-            if netns is None:
-                found[record.index] = {}
-                continue
-            try:
-                found[record.index] = sockdiag.sample(netns)
-            finally:
-                netns.close()
+            if netns is not None:
+                try:
+                    found |= sockdiag.sample(netns, by_pod[record.index])
+                finally:
+                    netns.close()
         return found
 
     # --- what the hooks look up ---------------------------------------------

@@ -26,7 +26,7 @@ from meshbpf.bpf import MAX_SLOTS
 
 IDLE_S: Final = 120.0
 """After which a slot that nobody uses may be given to others."""
-RECORDS_PER_S: Final = 500
+RECORDS_PER_S: Final = 250
 _SYN_BYTES: Final = 1
 _SOURCE_ONLY: Final = 1  # SLOT_SOURCE_ONLY of the programs
 
@@ -132,7 +132,7 @@ class CarriedTraffic:
     def fold(
         self,
         live: Iterable[tuple[Flow, FlowState]],
-        sampled: Mapping[int, Mapping[int, SocketBytes]],
+        sampled: Mapping[int, SocketBytes],
     ) -> None:
         """Bring the metrics up to date, with what the sockets of live flows have carried.
 
@@ -141,7 +141,7 @@ class CarriedTraffic:
         """
         carried: dict[int, list[int]] = {}
         for _, state in live:
-            found = sampled.get(state.watched_in, {}).get(state.socket_cookie)
+            found = sampled.get(state.socket_cookie)
             if found is not None and state.open:
                 total = carried.setdefault(state.slot, [0, 0])
                 sent, received = directions(state, found)

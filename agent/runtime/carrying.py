@@ -29,12 +29,12 @@ from meshbpf.agent.runtime.traffic_metrics import TrafficMetrics
 TELL_S: Final = 2.0
 """Between two readings of the counters, and two batches of the access log."""
 YOUNG_NS: Final = 2_000_000_000
-"""A flow may be listed before its socket is."""
+"""Younger flows are let be: most end by themselves and are counted then."""
 
 log = Log("carrier")
 
 Live = Sequence[tuple[Flow, FlowState]]
-Sampled = Mapping[int, Mapping[int, SocketBytes]]
+Sampled = Mapping[int, SocketBytes]
 
 
 class Carrying:
@@ -69,7 +69,7 @@ class Carrying:
         while True:
             await trio.sleep(TELL_S)
             try:
-                live, sampled = await trio.to_thread.run_sync(self._look)
+                live, sampled = await trio.to_thread.run_sync(self._look, YOUNG_NS)
             except (MeshbpfError, OSError) as error:
                 # Metrics that are late are no reason to end an agent.
                 log.error("kernel-carried connections cannot be read", cause=error)
@@ -78,25 +78,20 @@ class Carrying:
             self.traffic.log_ended(TELL_S)
             idle = self._release(idle)
 
-    def _look(self) -> tuple[Live, Sampled]:
-        """Every live flow and what it has carried; blocking. Drops those that have ended."""
+    def _look(self, least_age_ns: int) -> tuple[Live, Sampled]:
+        """Live flows and what they have carried; blocking. Forgets those that have ended."""
         flows = self._steering.flows
-        live = flows.live()
-        sampled = self._steering.sample_flows({state.watched_in for _, state in live})
-        before_ns = time.monotonic_ns() - YOUNG_NS
-        kept = []
+        now_ns = time.monotonic_ns()
+        live = [one for one in flows.live() if now_ns - one[1].opened_ns >= least_age_ns]
+        sampled = self._steering.sample_flows(
+            [(flow, state.watched_in, state.socket_cookie) for flow, state in live]
+        )
         for flow, state in live:
-            if (
-                state.opened_ns < before_ns
-                and state.watched_in in sampled
-                and state.socket_cookie not in sampled[state.watched_in]
-            ):
-                # Not if its four numbers have come back meanwhile.
-                if flows.state(flow) == state:
-                    flows.drop(flow, state.watched_in)
-            else:
-                kept.append((flow, state))
-        return kept, sampled
+            gone = state.socket_cookie not in sampled and now_ns - state.opened_ns > YOUNG_NS
+            # Not if its four numbers have come back meanwhile.
+            if gone and flows.state(flow) == state:
+                flows.drop(flow, state.watched_in)
+        return [one for one in live if one[1].socket_cookie in sampled], sampled
 
     def _release(self, before: set[int]) -> set[int]:
         """Give back the slots that were idle now and the last time; those that are idle now.
@@ -112,15 +107,14 @@ class Carrying:
 
     async def connections(self) -> list[ConnectionInfo]:
         """The live flows, once for each end that is a pod of ours."""
-        live, sampled = await trio.to_thread.run_sync(self._look)
+        live, sampled = await trio.to_thread.run_sync(self._look, 0)
         now_ns, now = time.monotonic_ns(), time.time()
         found = []
         for flow, state in live:
             if not state.open or not state.carried:
                 continue
             age_s = (now_ns - state.opened_ns) / 1e9
-            carried = sampled.get(state.watched_in, {}).get(state.socket_cookie)
-            sent, received = directions(state, carried) if carried else (0, 0)
+            sent, received = directions(state, sampled[state.socket_cookie])
             source, destination = map(self.carrier.pod, (state.source, state.destination))
             for direction, pod, peer in (
                 ("outbound", source, destination),

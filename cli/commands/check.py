@@ -78,6 +78,9 @@ def _finding(feature: Feature) -> Finding:
     )
 
 
+_NOT_IN_KERNEL = "connections inside the node take HBONE, and plaintext the agent"
+
+
 def capture(features: Iterable[Feature], status: StatusResult | None, cgroups: str = "") -> Finding:
     """How connections are captured: by the agent that runs, or as one would with `auto`."""
     if status is not None:
@@ -89,7 +92,7 @@ def capture(features: Iterable[Feature], status: StatusResult | None, cgroups: s
             outcome="warning" if lost else "ok",
             found=f"{now.in_force}, asked for {now.requested}"
             + (f": {now.reason}" if now.reason and now.requested == "auto" and not lost else ""),
-            consequence=now.reason if lost else "",
+            consequence=f"{now.reason}; {_NOT_IN_KERNEL}" if lost else "",
         )
     missing = [item for item in features if item.name in _FOR_CONNECT and not item.supported]
     if not missing:
@@ -99,7 +102,12 @@ def capture(features: Iterable[Feature], status: StatusResult | None, cgroups: s
         name="--capture=auto",
         outcome="warning",
         found="would be tc",
-        consequence="; ".join(f"no {item.name}: {_first_line(item.detail)}" for item in missing),
+        consequence="; ".join(
+            (
+                *(f"no {item.name}: {_first_line(item.detail)}" for item in missing),
+                _NOT_IN_KERNEL,
+            )
+        ),
     )
 
 

@@ -87,7 +87,10 @@ def _capture(status: StatusResult) -> str:
     if not capture.in_force:
         return f"none yet, asked for {capture.requested}"
     text = f"{capture.in_force}, asked for {capture.requested}"
-    return f"{text}: {capture.reason}" if capture.reason else text
+    if capture.reason:
+        text = f"{text}: {capture.reason}"
+    # Nothing attests a caller then.
+    return f"{text}; no connection is left to the kernel" if capture.in_force == "tc" else text
 
 
 def _state(state: StateSourceInfo) -> Iterator[tuple[str, CellLike]]:

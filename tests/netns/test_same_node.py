@@ -266,8 +266,8 @@ def test_an_address_of_a_dead_pod_gets_no_byte_from_its_next_owner(
     with near.agents[1].hung():
         near.servers.pop(gone.name).end()
         near.pods.pop(gone.name)
-        near._remove_namespaces(gone)
-        heir = near._make_pod("n1d", 1, "spare", captured=False)
+        near.remove_namespaces(gone)
+        heir = near.make_pod("n1d", 1, "spare", captured=False)
         near.start_servers(heir)
         mark = near.servers["n1d"].mark()
         with near.make_socket(source, family) as sock:
@@ -285,13 +285,15 @@ def test_an_address_of_a_dead_pod_gets_no_byte_from_its_next_owner(
 
 def test_what_the_kernel_carries_lives_on_without_the_agent(near: Testbed) -> None:
     source, target = near["n1a"], near["n1b"]
+    warm(near, source, target.ipv4)
     warm(near, source, target.ipv4, server.EXCHANGE)
     failures: list[BaseException] = []
 
     def exchange() -> None:
         try:
-            size = str(1 << 30)
-            near.client(source, "exchange", target.ipv4, server.EXCHANGE, "--bytes", size)
+            size = str(1 << 29)
+            options = ("--bytes", size)
+            near.client(source, "exchange", target.ipv4, server.EXCHANGE, *options, limit_s=120)
         except BaseException as error:
             failures.append(error)
 
@@ -300,7 +302,7 @@ def test_what_the_kernel_carries_lives_on_without_the_agent(near: Testbed) -> No
     eventually("the stream is open", lambda: bool(near.agents[1].carried(source.ipv4)), 5.0)
     with near.agents[1].dead():
         passes(near, source, target.ipv4, server.ECHO)  # a verdict of before holds
-        stream.join(60)
+        stream.join(120)
     assert not stream.is_alive()
     assert failures == []
 

@@ -100,14 +100,27 @@ INLINE enum kind find_v6(struct __sk_buff *skb, struct packet *p)
     return next == IPPROTO_TCP ? TCP : OPAQUE;
 }
 
+// Without this clang computes an offset into the context that it keeps for the
+// next time; of a context the verifier refuses that.
+INLINE u32 protocol_of(struct __sk_buff *skb)
+{
+    u32 protocol;
+
+    asm volatile("%0 = *(u32 *)(%1 + %2)"
+                 : "=r"(protocol)
+                 : "r"(skb), "i"(__builtin_offsetof(struct __sk_buff, protocol)));
+    return protocol;
+}
+
 INLINE enum kind read_packet(struct __sk_buff *skb, struct packet *p)
 {
+    u32 protocol = protocol_of(skb);
     enum kind kind = NOT_TCP;
     struct tcphdr tcp;
 
-    if (skb->protocol == bpf_htons(ETH_P_IP))
+    if (protocol == bpf_htons(ETH_P_IP))
         kind = find_v4(skb, p);
-    else if (skb->protocol == bpf_htons(ETH_P_IPV6))
+    else if (protocol == bpf_htons(ETH_P_IPV6))
         kind = find_v6(skb, p);
     if (kind == UDP) {
         struct udphdr udp;
@@ -134,11 +147,11 @@ INLINE enum kind read_packet(struct __sk_buff *skb, struct packet *p)
 // read_packet() can tell. Some nanoseconds, for those who look at every packet.
 #define UNUSUAL 0x100
 
-INLINE u32 usual_flags(struct __sk_buff *skb)
+INLINE u32 usual_flags(struct __sk_buff *skb, u32 protocol)
 {
     u8 *data = (u8 *)(long)skb->data, *end = (u8 *)(long)skb->data_end;
 
-    if (skb->protocol == bpf_htons(ETH_P_IP)) {
+    if (protocol == bpf_htons(ETH_P_IP)) {
         struct iphdr *ip = (struct iphdr *)(data + ETH_HLEN);
 
         if (data + ETH_HLEN + sizeof(struct iphdr) + sizeof(struct tcphdr) > end)
@@ -149,7 +162,7 @@ INLINE u32 usual_flags(struct __sk_buff *skb)
             return UNUSUAL;
         return data[ETH_HLEN + sizeof(struct iphdr) + 13];
     }
-    if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+    if (protocol == bpf_htons(ETH_P_IPV6)) {
         struct ipv6hdr *ip = (struct ipv6hdr *)(data + ETH_HLEN);
 
         if (data + ETH_HLEN + sizeof(struct ipv6hdr) + sizeof(struct tcphdr) > end)
