@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath import bpfinfo, bpfsys, btf
 from meshbpf.agent.datapath.abi import Update
 from meshbpf.agent.datapath.bpfcall import BpfError
+from meshbpf.agent.datapath.descriptor import Descriptor
 from meshbpf.bpf import MapFlag, MapSpec, MapType
 
 _PAGE_BYTES: Final = mmap.PAGESIZE
@@ -28,14 +28,14 @@ class MapMismatchError(MeshbpfError):
     """A pinned map that is not what the catalogue says."""
 
 
-class Map:
+class Map(Descriptor):
     """A map of the kernel, open. Closing it ends the map unless it is pinned or in use."""
 
-    __slots__ = ("_fd", "spec")
+    __slots__ = ("spec",)
 
     def __init__(self, spec: MapSpec, fd: int) -> None:
+        super().__init__(fd, f"map {spec.name}")
         self.spec = spec
-        self._fd = fd
 
     @classmethod
     def create(cls, spec: MapSpec) -> Self:
@@ -81,29 +81,6 @@ class Map:
                 "another program wrote there; remove the pin when nothing uses it",
             )
         return cls(spec, fd)
-
-    def fileno(self) -> int:
-        """The descriptor; ValueError once closed."""
-        if self._fd < 0:
-            raise ValueError(f"map {self.spec.name} is closed")
-        return self._fd
-
-    def close(self) -> None:
-        """Give the descriptor back; harmless when repeated."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def lookup(self, key: bytes) -> bytes | None:
         """The value under `key`, None when there is none; per-CPU maps: see `lookup_per_cpu`."""

@@ -10,12 +10,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 from meshbpf.agent.datapath import bpfinfo, bpfsys
 from meshbpf.agent.datapath.build import Sources, build
 from meshbpf.agent.datapath.bytecode import Bytecode, fill, scan
+from meshbpf.agent.datapath.descriptor import Descriptor
 from meshbpf.agent.datapath.maps import Map, create_maps
 from meshbpf.bpf import ProgramSpec
 
@@ -66,40 +66,17 @@ def compile_catalogue(cache_dir: Path, sources: Sources | None = None) -> Compil
     return CompiledCatalogue(wanted.schema(), MappingProxyType(programs), MappingProxyType(numbers))
 
 
-class LoadedProgram:
+class LoadedProgram(Descriptor):
     """One verified instance in the kernel; closing it ends it unless attached or pinned."""
 
-    __slots__ = ("fd", "id", "name", "verified_instructions")
+    __slots__ = ("id", "name", "verified_instructions")
 
     def __init__(self, name: str, fd: int) -> None:
+        super().__init__(fd, f"program {name}")
         info = bpfinfo.prog_info(fd)
         self.name = name
-        self.fd = fd
         self.id = info.id
         self.verified_instructions = info.verified_instructions
-
-    def fileno(self) -> int:
-        """The descriptor; ValueError once closed."""
-        if self.fd < 0:
-            raise ValueError(f"program {self.name} is closed")
-        return self.fd
-
-    def close(self) -> None:
-        """Give the descriptor back; harmless when repeated."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def load_program(
