@@ -81,6 +81,9 @@ vagrant-down:  ## destroy the VMs
 vagrant-test:  ## box, two VMs, every scenario, summary, nothing left
 	@vagrant/test
 
+cluster-test: ready  ## a real istiod on a real kube-apiserver: ISTIOD=PATH K8S_BIN=DIR
+	@$(PY) -m pytest tests/cluster
+
 bench: ready  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by side
 	@$(PY) -m tests.bench
 

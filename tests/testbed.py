@@ -105,7 +105,7 @@ class Agent:
             raise BedError(f"the agent of node{self.node} runs already")
         self.options = options
         copy_bytecode(BYTECODE_DIR, self.state_dir / "cache")
-        argv = [str(MESHBPF), "run", "--node", f"node{self.node}"]
+        argv = [*self.bed.environment(self.node), str(MESHBPF), "run", "--node", f"node{self.node}"]
         argv += ["--state-dir", str(self.state_dir)]
         # Ten times shorter than the default: most tests leave connections behind.
         argv += ["--termination-deadline", "500ms"]
@@ -467,6 +467,10 @@ class Testbed:
     def make_ca(self) -> None:
         argv = [str(MESHBPF), "ca", "init", str(self.ca_dir), "--trust-domain", TRUST_DOMAIN]
         self.run(self.node_netns(1), argv)
+
+    def environment(self, _node: int) -> tuple[str, ...]:
+        """What stands before the agent's command, for beds that set variables with env(1)."""
+        return ()
 
     def start_agents(self, *options: str) -> None:
         """Make the CA if there is none, and start both agents at the same time."""

@@ -78,9 +78,9 @@ class DeltaMachine:
         """Whether every type has been received and, but for bad resources, accepted once."""
         return not self._awaited
 
-    def held(self, type_url: str) -> int:
-        """How many resources of a type this client holds."""
-        return len(self._held[type_url])
+    def holds(self, type_url: str, name: str) -> bool:
+        """Whether some version of a resource is in force."""
+        return name in self._held[type_url]
 
     def opening(self) -> list[Request]:
         """What a new stream begins with."""

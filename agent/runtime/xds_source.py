@@ -7,8 +7,9 @@ ztunnel: an outage of the control plane must not become one of the data plane.
 
 from __future__ import annotations
 
+import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +19,7 @@ import trio
 from meshbpf.agent.api import StateKind
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.objects import KubeObject, ObjectSet
-from meshbpf.agent.core.xds import Backoff, DeltaMachine, Ending, Push
+from meshbpf.agent.core.xds import ADDRESS, AUTHORIZATION, Backoff, DeltaMachine, Ending, Push
 from meshbpf.agent.runtime import heap
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.control_plane import ControlPlane, UnreachableError
@@ -37,6 +38,8 @@ _COME_AGAIN = frozenset(
     {Status.UNKNOWN, Status.CANCELLED, Status.DEADLINE_EXCEEDED, Status.UNAVAILABLE}
 )
 
+POLICY_WAIT_S = 1.0
+"""istiod sends policies within milliseconds after the workloads that list them."""
 _SHOWN = 5
 """Refused resources that `status` shows by name."""
 
@@ -191,10 +194,7 @@ class XdsSource:
                 async with channel.call(xds.METHOD, metadata=metadata) as call:
                     for request in self._machine.opening():
                         await call.send(xds.encode(request, self._node))
-                    async for message in call:
-                        self._connected, self._outage = True, None
-                        await self._take(call, message, mesh)
-                        progressed()
+                    await self._follow(call, mesh, progressed)
                 return Ending.COMPLETE, None
         except UnreachableError as error:
             return Ending.CONNECTION_ERROR, error
@@ -207,12 +207,48 @@ class XdsSource:
         except MeshbpfError as error:
             return Ending.ERROR, error
 
-    async def _take(self, call: Call, message: bytes, mesh: MeshWriter) -> None:
-        """Put one push into force and answer it."""
+    async def _follow(self, call: Call, mesh: MeshWriter, progressed: Callable[[], None]) -> None:
+        """Take pushes as they come, but for workloads that run ahead of their policies.
+
+        istiod sends workloads first. Those that list a policy which is not here
+        yet would be closed to everybody until it is, and live connections that
+        the policy allows would be cut for nothing: they wait for it a little.
+        """
+        early: deque[tuple[Push, ReadPush]] = deque()
+        while True:
+            message: bytes | None = b""
+            with trio.move_on_after(POLICY_WAIT_S if early else math.inf) as patience:
+                message = await call.receive()
+            self._connected, self._outage = True, None
+            if message is None:
+                return
+            if not patience.cancelled_caught:
+                push, read = await self._receive(message)
+                if push.type_url == ADDRESS and (early or self._lacks_policies(read)):
+                    early.append((push, read))
+                else:
+                    await self._take(call, push, read, mesh)
+            # In their order: a workload may be in several.
+            while early and (patience.cancelled_caught or not self._lacks_policies(early[0][1])):
+                await self._take(call, *early.popleft(), mesh)
+            progressed()
+
+    def _lacks_policies(self, read: ReadPush) -> bool:
+        holds = self._machine.holds
+        return any(
+            not holds(AUTHORIZATION, name)
+            for one in read.delta.workloads
+            for name in one.authorization_policies
+        )
+
+    async def _receive(self, message: bytes) -> tuple[Push, ReadPush]:
         push = await trio.to_thread.run_sync(xds.decode, message)
         self.messages[push.type_url] += 1
         self.message_bytes[push.type_url] += len(message)
-        read = await trio.to_thread.run_sync(self._read, push)
+        return push, await trio.to_thread.run_sync(self._read, push)
+
+    async def _take(self, call: Call, push: Push, read: ReadPush, mesh: MeshWriter) -> None:
+        """Put one push into force and answer it."""
         refused = read.refused
         try:
             await mesh.apply_delta(read.delta)

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from meshbpf.agent.core.policy import PolicyAction
+from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.xds import ADDRESS, AUTHORIZATION, Ending
 from meshbpf.agent.runtime.exposition import render
 from meshbpf.agent.wire.pb import authorization_pb2
@@ -311,3 +312,36 @@ async def test_ztunnels_metrics_tell_of_messages_and_endings(istiod: Istiod) -> 
     assert f'istio_xds_message_total{{url="{ADDRESS}"}} 2' in text
     size = client.source.message_bytes[ADDRESS]
     assert f'istio_xds_message_bytes_total{{url="{ADDRESS}"}} {size}' in text
+
+
+async def test_workloads_that_run_ahead_of_their_policy_wait_for_it(istiod: Istiod) -> None:
+    furnish(istiod)
+    async with following(istiod) as client:
+        await client.started.wait()
+        seen: list[bool] = []
+        uid = records.uid("web-1")
+
+        def note(mesh: Snapshot) -> None:
+            workload = mesh.workload(uid)
+            assert workload is not None
+            seen.append(any(one.inexpressible for one in mesh.policies_for(workload)))
+
+        client.mesh.on_change(note)
+        key = "shop/selected"
+        istiod.put(
+            ADDRESS, uid, records.workload("web-1", "10.0.0.1", authorization_policies=[key])
+        )
+        await trio.sleep(0.1)
+        policy = records.policy(
+            "selected",
+            "cluster.local/ns/a/sa/a",
+            scope=authorization_pb2.WORKLOAD_SELECTOR,
+        )
+        istiod.put(AUTHORIZATION, key, policy)
+        await client.until(lambda mesh: len(mesh.policies_for(mesh.workload(uid))) == 2)
+        assert not any(seen), "it was never closed for want of the policy"
+        # One that never comes: after a second nothing is let in.
+        istiod.put(
+            ADDRESS, uid, records.workload("web-1", "10.0.0.1", authorization_policies=["shop/x"])
+        )
+        await client.until(lambda mesh: seen[-1])
