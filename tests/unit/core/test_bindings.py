@@ -8,6 +8,8 @@ from meshbpf.agent.core.bindings import Bindings
 from meshbpf.agent.core.labels import selects
 from meshbpf.agent.core.objects import KubeObject, ObjectKey, ObjectSet
 
+pytestmark = pytest.mark.compat
+
 GATEWAY = "gateway.networking.k8s.io"
 
 

@@ -121,6 +121,7 @@ PLAN = WaypointPlan({CART.key: ServicePlan(CART, {}, Chain())})
 PEER = SpiffeId("cluster.local", "shop", "web")
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     ("authority", "status"),
     [
