@@ -549,6 +549,8 @@ class Agent:
             steering = self._steering.statistics()
             found["steering"] = counters(steering)
             found["decisions"] = dict(steering.decisions)
+        if self._carrying is not None:
+            found["kernel_flows"] = counters(self._carrying.statistics())
         if self._forwarder is not None:
             forwarder = self._forwarder.statistics()
             found["forwarder"] = counters(forwarder)

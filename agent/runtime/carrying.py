@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
@@ -37,6 +38,16 @@ Live = Sequence[tuple[Flow, FlowState]]
 Sampled = Mapping[int, SocketBytes]
 
 
+@dataclass(frozen=True, slots=True)
+class CarryingStatistics:
+    """What the kernel may carry, and what was ended or not told."""
+
+    verdicts: int
+    cut_by_policy: int
+    records_dropped: int
+    """Connections without a line in the access log."""
+
+
 class Carrying:
     """One per agent."""
 
@@ -47,6 +58,12 @@ class Carrying:
         self._mesh = mesh
         self.traffic = CarriedTraffic(steering.flows, metrics)
         self.carrier = Carrier(steering.flows, steering.destroy_flows, mesh, self.traffic)
+
+    def statistics(self) -> CarryingStatistics:
+        """Since the agent started."""
+        return CarryingStatistics(
+            self.carrier.verdicts, self.carrier.cut, self.traffic.records_dropped
+        )
 
     async def begin(self) -> None:
         """Before any pod is served: nothing that an earlier agent allowed holds any more."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,6 +123,34 @@ def test_a_raised_epoch_of_either_pod_leads_to_the_agent(bridge: Bridge, version
         assert bridge.dial(version).startswith("app")
         bridge.steering.flows.raise_epochs([bridge.indexes[number]])
         assert bridge.dial(version).startswith("OUTBOUND")
+
+
+def test_every_connection_is_answered_while_100_changes_a_second_come(
+    bridge: Bridge, version: int
+) -> None:
+    """Whoever answers: the kernel under the verdict, or the agent in the moment without one."""
+    stop = threading.Event()
+    changes = [0]
+
+    def change() -> None:
+        while not stop.wait(0.005):
+            bridge.steering.flows.raise_epochs(bridge.indexes.values())
+            if not stop.wait(0.005):
+                bridge.allow(version)
+            changes[0] += 1
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        deadline = time.monotonic() + 2
+        answers = {"app": 0, "OUTBOUND": 0}
+        while time.monotonic() < deadline:
+            answers[bridge.dial(version).partition(" ")[0]] += 1
+    finally:
+        stop.set()
+        changer.join()
+    assert min(answers.values()) > 0
+    assert changes[0] > 50
 
 
 def test_what_is_kept_of_a_connection_ends_with_it(bridge: Bridge, version: int) -> None:
