@@ -9,6 +9,7 @@ has lasted GRACE_S, so that the kernel's lease is not extended for ever.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import datetime
 from types import MappingProxyType
@@ -83,7 +84,7 @@ class KubernetesSource:
         """Every kind was listed, and is followed or was a moment ago."""
         if not all(each.synced.is_set() for each in self._watchers):
             return False
-        now = trio.current_time()
+        now = time.monotonic()  # asked by the heartbeat's thread, where trio has no clock
         if self._unreachable() is None:
             self._well_at = now
         return self._well_at is not None and now - self._well_at < GRACE_S

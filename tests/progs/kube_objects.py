@@ -45,7 +45,12 @@ def pod_object(pod: Pod) -> dict[str, Any]:
             }
         ],
     }
-    status = {"phase": "Running", "podIP": pod.ipv4, "podIPs": [{"ip": pod.ipv4}, {"ip": pod.ipv6}]}
+    status = {
+        "phase": "Running",
+        "podIP": pod.ipv4,
+        "podIPs": [{"ip": pod.ipv4}, {"ip": pod.ipv6}],
+        "conditions": [{"type": "Ready", "status": "True"}],
+    }
     return _object("v1", "Pod", pod.name, labels=labels) | {"spec": spec, "status": status}
 
 
