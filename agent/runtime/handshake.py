@@ -32,6 +32,8 @@ class HandshakePlaces:
         # Both oldest first.
         self._silent: dict[trio.CancelScope, None] = {}
         self._answered: dict[trio.CancelScope, None] = {}
+        self.taken = 0
+        """Places that were taken, since the start."""
         self.evicted = 0
         """Connections that had to make room, since the start."""
 
@@ -46,6 +48,7 @@ class HandshakePlaces:
             oldest.cancel()
         scope = trio.CancelScope()
         self._silent[scope] = None
+        self.taken += 1
         try:
             with scope:
                 yield Place(self, scope)
@@ -89,8 +92,12 @@ async def shake_hands(
     Raises TlsError (the peer has been sent an alert) or OSError. The socket
     stays the caller's.
     """
-    channel = TlsChannel(context, expectation, server=server)
     with trio.move_on_after(HANDSHAKE_TIMEOUT_S):
+        # A silent client costs a task and a descriptor, and no TLS state.
+        hello = await _receive(sock) if server else None
+        channel = TlsChannel(context, expectation, server=server)
+        if hello is not None:
+            channel.receive(hello)
         while True:
             try:
                 done = channel.handshake()

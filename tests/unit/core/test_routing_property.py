@@ -164,7 +164,7 @@ def hold_to_the_rules(pods: Pods, known: Known, target: SocketAddress, seed: int
 
 
 @pytest.mark.compat
-@meshes(200)
+@meshes(80)
 @ANY_MESH
 def test_a_route_is_one_that_the_rules_allow(
     pods: Pods, known: Known, target: SocketAddress, seed: int
@@ -182,7 +182,7 @@ def test_a_route_is_one_that_the_rules_allow_in_thousands_of_meshes(
 
 
 @pytest.mark.compat
-@meshes(50)
+@meshes(25)
 @ANY_MESH
 def test_chance_brings_every_route_that_the_rules_allow(
     pods: Pods, known: Known, target: SocketAddress, seed: int
