@@ -4,7 +4,7 @@ A dictionary in shards, by hash: a new version copies the shards that changed
 and the row of shards, and leaves the rest to both. A reader takes two steps
 instead of one; a version costs what the change costs, times the size of a
 shard. (A hash trie in Python would need several steps more for each lookup,
-and lookups are the connection path; figures in ADR 6.)
+and lookups are the connection path; figures in ADR 7.)
 
 Versions never change once made, so readers need no lock.
 """

@@ -5,13 +5,11 @@ client holds already, so that a reconnect brings only what changed meanwhile.
 Each push is answered: an ACK, or a NACK that says what is wrong with which
 resource, while the good ones of the same push are in force. A refused
 resource is not reported as held on the next stream, so it will be sent again.
-
-On demand, nothing is subscribed to but what was asked for by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random
@@ -20,7 +18,6 @@ ADDRESS = "type.googleapis.com/istio.workload.Address"
 AUTHORIZATION = "type.googleapis.com/istio.security.Authorization"
 TYPES = (ADDRESS, AUTHORIZATION)
 """In the order in which they are asked for; as ztunnel."""
-EVERYTHING = "*"
 
 FIRST_PAUSE_S = 0.01
 LAST_PAUSE_S = 15.0
@@ -32,8 +29,6 @@ class Request:
     """What to send. The first of a type on a stream opens it."""
 
     type_url: str
-    subscribe: tuple[str, ...] = ()
-    unsubscribe: tuple[str, ...] = ()
     initial_versions: Mapping[str, str] = field(default_factory=dict)
     nonce: str = ""
     error: str = ""
@@ -47,7 +42,6 @@ class Resource:
     name: str
     version: str
     payload: bytes
-    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +57,11 @@ class Push:
 class DeltaMachine:
     """What this client holds of each type, over all its streams."""
 
-    def __init__(self, *, on_demand: bool = False) -> None:
-        self._on_demand = on_demand
+    def __init__(self) -> None:
         self._held: dict[str, dict[str, str]] = {url: {} for url in TYPES}
-        # On demand there is no "all": addresses come when somebody asks.
-        self._awaited = {AUTHORIZATION} if on_demand else set(TYPES)
+        self._awaited = set(TYPES)
         self.refused: dict[str, str] = {}
         """By name, what is wrong with resources whose newest version is not in force."""
-        self.pending: set[str] = set()
-        """Names that were demanded and not answered yet."""
 
     @property
     def ready(self) -> bool:
@@ -84,33 +74,14 @@ class DeltaMachine:
 
     def opening(self) -> list[Request]:
         """What a new stream begins with."""
-        requests = []
-        for url in TYPES:
-            # There is no way to subscribe to nothing but to take it back at once.
-            none = (EVERYTHING,) if self._on_demand and url == ADDRESS else ()
-            versions = dict(self._held[url])
-            if url == ADDRESS:
-                # Demanded on an earlier stream: no version, so it will be sent.
-                versions.update(dict.fromkeys(self.pending, ""))
-            requests.append(Request(url, none, none, versions))
-        return requests
+        return [Request(url, dict(self._held[url])) for url in TYPES]
 
-    def demand(self, name: str) -> Request | None:
-        """Ask for one address by name; None when it is asked for already."""
-        if not self._on_demand or name in self.pending:
-            return None
-        self.pending.add(name)
-        return Request(ADDRESS, subscribe=(name,))
-
-    def abandon(self, name: str) -> None:
-        """Nobody waits for it any more. The subscription stands, an answer is still welcome."""
-        self.pending.discard(name)
-
-    def answer(self, push: Push, refused: Mapping[str, str]) -> Request:
+    def answer(self, push: Push, refused: Mapping[str, str], kept: Collection[str] = ()) -> Request:
         """Note what `push` brought, and answer it.
 
         `refused` says by name what is wrong with those that are not in force;
-        under the empty name, what is wrong with the push as a whole.
+        under the empty name, what is wrong with the push as a whole. Those of
+        `kept` stand in some other form, so that their removal must be told.
         """
         held = self._held.get(push.type_url)
         if held is None:
@@ -120,14 +91,15 @@ class DeltaMachine:
             if not whole:
                 held.pop(name, None)
                 self.refused.pop(name, None)
-            self.pending.discard(name)
         for one in push.resources:
+            if one.name in kept and not whole:
+                held[one.name] = ""  # no version: it will be sent again
+                continue
             if whole or one.name in refused:
                 # Held at an older version perhaps; claiming that one will bring the new one again.
                 continue
             held[one.name] = one.version
             self.refused.pop(one.name, None)
-        self.pending.difference_update(_names(push.resources))
         if not whole:
             self._awaited.discard(push.type_url)
             self.refused.pop("", None)
@@ -136,12 +108,6 @@ class DeltaMachine:
             error = "; ".join(f"{name}: {why}" if name else why for name, why in refused.items())
             return Request(push.type_url, nonce=push.nonce, error=error)
         return Request(push.type_url, nonce=push.nonce)
-
-
-def _names(resources: Iterable[Resource]) -> Iterable[str]:
-    for one in resources:
-        yield one.name
-        yield from one.aliases
 
 
 class Ending(StrEnum):

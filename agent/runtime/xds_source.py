@@ -257,7 +257,7 @@ class XdsSource:
         else:
             self._loads += 1
             self.loaded_at = self._now()
-        answer = self._machine.answer(push, refused)
+        answer = self._machine.answer(push, refused, read.kept)
         self._note(push, len(refused))
         await call.send(xds.encode(answer, None))
 

@@ -53,8 +53,6 @@ def encode(request: Request, sender: pb.Node | None) -> bytes:
     message = pb.DeltaDiscoveryRequest(
         node=sender,
         type_url=request.type_url,
-        resource_names_subscribe=request.subscribe,
-        resource_names_unsubscribe=request.unsubscribe,
         initial_resource_versions=request.initial_versions,
         response_nonce=request.nonce,
     )
@@ -70,7 +68,6 @@ def decode(data: bytes) -> Push:
     except DecodeError as error:
         raise MeshbpfError("bad-push", f"not a DeltaDiscoveryResponse: {error}") from error
     resources = tuple(
-        Resource(one.name, one.version, one.resource.value, tuple(one.aliases))
-        for one in message.resources
+        Resource(one.name, one.version, one.resource.value) for one in message.resources
     )
     return Push(message.type_url, message.nonce, resources, tuple(message.removed_resources))

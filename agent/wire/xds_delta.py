@@ -20,6 +20,8 @@ class ReadPush:
 
     delta: MeshDelta
     refused: dict[str, str]
+    kept: frozenset[str] = frozenset()
+    """Of the refused, policies that are in the delta so that they fail closed."""
 
 
 def read_push(
@@ -68,6 +70,7 @@ def _addresses(push: Push, reader: RecordReader, made: Callable[[int], None]) ->
 def _policies(push: Push, made: Callable[[int], None]) -> ReadPush:
     policies: dict[str, Authorization] = {}
     refused: dict[str, str] = {}
+    kept: set[str] = set()
     gone = frozenset(push.removed)
     for one in push.resources:
         if one.name in gone:
@@ -80,7 +83,7 @@ def _policies(push: Push, made: Callable[[int], None]) -> ReadPush:
         policies[one.name] = read.policy
         if read.refusal:
             refused[one.name] = read.refusal
+            kept.add(one.name)
         made(1)
-    return ReadPush(
-        MeshDelta(policies=tuple(policies.values()), removed_policies=push.removed), refused
-    )
+    delta = MeshDelta(policies=tuple(policies.values()), removed_policies=push.removed)
+    return ReadPush(delta, refused, frozenset(kept))

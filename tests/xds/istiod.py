@@ -69,7 +69,6 @@ class Stream:
         removed: tuple[str, ...] = (),
         *,
         version: str = "1",
-        aliases: dict[str, tuple[str, ...]] | None = None,
     ) -> str:
         """Say it; gives the nonce."""
         self.nonces += 1
@@ -80,7 +79,6 @@ class Stream:
             one = message.resources.add(name=name, version=version)
             one.resource.type_url = type_url
             one.resource.value = payload
-            one.aliases.extend((aliases or {}).get(name, ()))
         await self.call.send(message.SerializeToString())
         return message.nonce
 

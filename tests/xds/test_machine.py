@@ -81,3 +81,13 @@ def test_a_server_that_ends_every_stream_at_once_is_given_pauses() -> None:
     backoff = Backoff(Middle())
     pauses = [backoff.after(Ending.COMPLETE, useful=False) for _ in range(3)]
     assert pauses == [0.02, 0.04, 0.08]
+
+
+def test_a_refused_policy_that_is_kept_is_claimed_without_a_version() -> None:
+    machine = DeltaMachine()
+    machine.answer(push("a/b", url=AUTHORIZATION), {"a/b": "bad"}, kept={"a/b"})
+    assert machine.holds(AUTHORIZATION, "a/b")
+    assert machine.opening()[1].initial_versions == {"a/b": ""}
+    machine.answer(push(url=AUTHORIZATION, removed=("a/b",)), {})
+    assert not machine.refused
+    assert not machine.holds(AUTHORIZATION, "a/b")
