@@ -38,7 +38,9 @@ FLOORS = {
     "cross_node.throughput": 0.05,
     "cross_node.connections": 0.02,
 }
-CEILINGS = {"cross_node.latency_p50": 40.0}
+# A loaded machine makes an agent wait for its core, some milliseconds where no mesh takes 30 us;
+# what collapses waits for a timer: 40 ms for a delayed acknowledgement.
+CEILINGS = {"cross_node.latency_p50": 400.0}
 
 Figures = dict[tuple[str, str, str], float]
 """One round: what was measured, by task, mesh and row."""
