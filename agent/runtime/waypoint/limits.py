@@ -14,8 +14,6 @@ class Limits:
     """From a head's first byte to its last: who drips is cut off."""
     idle_s: float = 3600.0
     """Between requests of one connection (Envoy's idle_timeout)."""
-    stall_s: float = 300.0
-    """A request in which nothing moves in either direction (Envoy's stream_idle_timeout)."""
     replay_bytes: int = 64 * 1024
     """A request body up to this is kept, so that the request can be tried again."""
     h2_streams: int = 100
