@@ -73,7 +73,7 @@ async def test_the_next_life_is_attached_in_its_own_namespace(
         (pod,) = it.pods.list()
         assert (pod.state, pod.attachment.sandbox) == ("attached", "2")
         assert pod.attachment.netns.endswith("-b")
-        assert it.kernel.calls == ["attach web/a", "detach web/a", "attach web/a"]
+        assert it.kernel.calls == ["attach web/a", "drain web/a", "detach web/a", "attach web/a"]
         assert it.identities() == ["shop"]
 
 
