@@ -112,6 +112,7 @@ def run(settings: Settings, predecessor: Channel | None = None) -> int:
 
 def _source(settings: Settings) -> MeshSource:
     cluster = Cluster(
+        cluster_id=settings.cluster_id,
         network=settings.network,
         trust_domain=settings.trust_domain,
         domain=settings.cluster_domain,

@@ -134,6 +134,8 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--metric-label", "reporter", "--metrics-grace", "1m"),
         "--enrol",
         *("--kubeconfig", "/etc/kube"),
+        *("--xds-root", "/etc/root.pem", "--xds-name", "istiod", "--ca-root", "/etc/root.pem"),
+        *("--ca-name", "istiod", "--token-file", "/etc/token", "--cluster-id", "east"),
         *("--cri-socket", "/run/cri", "--account-wait", "2s"),
         *("--no-dns", "--cluster-domain", "k8s.example"),
         *("--same-node", "hbone", "--pod-connections", "900"),
@@ -143,8 +145,8 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (settings.termination_deadline_s, settings.reload_deadline_s) == (3.0, 3600.0)
     assert (settings.dns, settings.cluster_domain) == (False, "k8s.example")
     assert (settings.cri_socket, settings.account_wait_s) == (Path("/run/cri"), 2.0)
-    # Mesh state comes from one place alone: the others are not given.
-    others = {"manifests", "kubernetes"}
+    # Mesh state and certificates come from one place each: the others are not given.
+    others = {"manifests", "kubernetes", "xds", "ca"}
     assert {name for name, origin in settings.origins.items() if origin != "flag"} == others
     assert (settings.trust_domain, settings.network, settings.capture) == (
         "td.example",
