@@ -143,13 +143,15 @@ def test_every_connection_is_answered_while_100_changes_a_second_come(
     changer.start()
     try:
         deadline = time.monotonic() + 2
-        answers = {"app": 0, "OUTBOUND": 0}
+        # The verdict may go between the client's end and the server's: then it is INBOUND's.
+        answers = {"app": 0, "OUTBOUND": 0, "INBOUND": 0}
         while time.monotonic() < deadline:
             answers[bridge.dial(version).partition(" ")[0]] += 1
     finally:
         stop.set()
         changer.join()
-    assert min(answers.values()) > 0
+    assert answers["app"] > 0
+    assert answers["OUTBOUND"] + answers["INBOUND"] > 0
     assert changes[0] > 50
 
 
