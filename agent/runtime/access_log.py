@@ -77,17 +77,19 @@ def carried(
 ) -> None:
     """Say that a connection has ended which the kernel carried: `path` is then `kernel`."""
     inbound = reporter is Reporter.DESTINATION
+    # Attested, where TLS would have proven it; plaintext has no identity at either end.
+    caller = _told(labels, _SOURCE_PRINCIPAL)
     fields: dict[str, object] = {
         "src.addr": record.flow.source,
         "src.workload": source.name if source is not None else None,
         "src.namespace": _told(labels, _SOURCE_NAMESPACE),
-        "src.identity": _told(labels, _SOURCE_PRINCIPAL),
+        "src.identity": caller,
         "src.cluster": _told(labels, _SOURCE_CLUSTER),
         "dst.addr": record.flow.destination,
         "dst.service": _told(labels, _SERVICE),
         "dst.workload": destination.name,
         "dst.namespace": _told(labels, _NAMESPACE),
-        "dst.identity": _told(labels, _PRINCIPAL),
+        "dst.identity": _told(labels, _PRINCIPAL) if caller else None,
         "dst.cluster": _told(labels, _CLUSTER),
         "direction": _DIRECTION[reporter],
         "path": "kernel",

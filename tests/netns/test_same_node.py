@@ -259,8 +259,8 @@ def test_an_address_of_a_dead_pod_gets_no_byte_from_its_next_owner(
     """The next owner is not captured; the agent has not noticed yet."""
     gone = near.add_pod("n1d", 1)
     near.start_servers(gone)
-    near.agents[1].attach(gone)
     near.wait_mesh()
+    near.agents[1].attach(gone)
     source, address = near["n1a"], gone.address(family)
     warm(near, source, address)
     with near.agents[1].hung():
