@@ -137,6 +137,8 @@ class Settings:
     """The labels that istio_tcp_* series keep; none given means all."""
     metrics_grace_s: float = METRICS_GRACE_S
     """How long a series outlives its workload."""
+    otlp: str = ""
+    """An OpenTelemetry collector, as http://HOST:PORT; empty is off."""
     cri_socket: Path | None = None
     """The container runtime's; by default the first known one that is there."""
     account_wait_s: float = 5.0
@@ -164,6 +166,9 @@ class Settings:
             if url and control_plane_address(url) is None:
                 example = "for instance https://istiod.istio-system.svc:15012"
                 raise _bad(option, url, f"write https://HOST:PORT, {example}")
+        if self.otlp and otlp_endpoint(self.otlp) is None:
+            hint = "write http://HOST:PORT or https://HOST:PORT, for instance http://otel:4318"
+            raise _bad("otlp", self.otlp, hint)
         _one_of("capture", self.capture, get_args(CaptureName))
         _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
         _one_of("same-node", self.same_node, get_args(SameNodeName))
@@ -203,6 +208,38 @@ def control_plane_address(url: str) -> tuple[str, int] | None:
     if found.scheme != "https" or not found.hostname or port is None or found.path.strip("/"):
         return None
     return found.hostname, port
+
+
+@dataclass(frozen=True, slots=True)
+class OtlpEndpoint:
+    """Where a collector takes OTLP over HTTP."""
+
+    tls: bool
+    host: str
+    port: int
+    authority: str
+    """Host and port as in the URL."""
+    path: str
+    """Before /v1/logs and /v1/traces; empty most often."""
+
+
+def otlp_endpoint(url: str) -> OtlpEndpoint | None:
+    """Of http(s)://HOST:PORT[/PATH]; None for anything else.
+
+    The port must be told: HTTP's is 80 and OTLP's 4318, and guesses differ.
+    """
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return None
+    try:
+        found = urlsplit(url)
+        host, port = found.hostname, found.port
+    except ValueError:
+        return None
+    if found.scheme not in ("http", "https") or not host or not port:
+        return None
+    if "@" in found.netloc or found.query or found.fragment:
+        return None
+    return OtlpEndpoint(found.scheme == "https", host, port, found.netloc, found.path.rstrip("/"))
 
 
 def is_object_name(text: str) -> bool:

@@ -154,6 +154,7 @@ KEYS: tuple[Key, ...] = (
     Key("stats-port", "stats_port", int, _as_is),
     Key("metric-labels", "metric_labels", list[str], tuple, "--metric-label"),
     Key("metrics-grace", "metrics_grace_s", _DURATION, _duration),
+    Key("otlp", "otlp", str, _as_is),
     Key("log-level", "log_level", LogLevel, _as_is),
     Key("log-format", "log_format", LogFormat, _as_is),
 )

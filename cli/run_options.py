@@ -251,6 +251,12 @@ _OPTIONS: tuple[Any, ...] = (
         help="How long metrics outlive their workload.  [default: 5m]",
     ),
     click.option(
+        "--otlp",
+        metavar="URL",
+        help="Send access logs and connection spans to the OpenTelemetry collector at this "
+        "http(s)://HOST:PORT, by OTLP over HTTP.  [default: off]",
+    ),
+    click.option(
         "--log-level",
         type=click.Choice(["debug", "info", "warning", "error"]),
         help="[default: info]",

@@ -22,9 +22,12 @@ from meshbpf.agent.core.traffic import LABELS, UNKNOWN, Labels, Reporter
 if TYPE_CHECKING:
     from meshbpf.agent.core.workload import Workload
     from meshbpf.agent.datapath.flowcodecs import FlowRecord
+    from meshbpf.agent.l7.telemetry.trace import SpanContext
     from meshbpf.agent.runtime.connections import LiveConnection
 
 access_log = logging.getLogger("access")
+TRACE = "trace"
+"""The attribute of a record that holds its connection's span, where spans are exported."""
 
 _SOURCE_SERVICE = LABELS.index("source_canonical_service")
 _SOURCE_NAMESPACE = LABELS.index("source_workload_namespace")
@@ -42,17 +45,32 @@ def opened(live: LiveConnection, labels: Labels) -> None:
     """Say that a connection begins; costs next to nothing unless debug is on."""
     if access_log.isEnabledFor(logging.DEBUG):
         fields = {**_ends(live, labels), "direction": _DIRECTION[live.reporter]}
-        _write(logging.DEBUG, "connection opened", fields)
+        _write(logging.DEBUG, "connection opened", fields, live.trace)
 
 
-def complete(live: LiveConnection, labels: Labels, duration_s: float) -> None:
-    """Say that a connection has ended, and why if it ended badly."""
+def complete(
+    live: LiveConnection,
+    labels: Labels,
+    duration_s: float,
+    fields: dict[str, object] | None = None,
+) -> None:
+    """Say that a connection has ended, and why if it ended badly.
+
+    `fields` are its `complete_fields`, from who has them already.
+    """
     level = logging.ERROR if live.error else logging.INFO
     if not access_log.isEnabledFor(level):
         return
+    if fields is None:
+        fields = complete_fields(live, labels, duration_s)
+    _write(level, "connection complete", fields, live.trace)
+
+
+def complete_fields(live: LiveConnection, labels: Labels, duration_s: float) -> dict[str, object]:
+    """What is told of a connection that has ended: by its line here, and by its span."""
     sent, received = live.sent.total, live.received.total
     inbound = live.reporter is Reporter.DESTINATION
-    fields = {
+    return {
         **_ends(live, labels),
         "direction": _DIRECTION[live.reporter],
         "bytes_sent": received if inbound else sent,
@@ -60,7 +78,6 @@ def complete(live: LiveConnection, labels: Labels, duration_s: float) -> None:
         "duration": f"{int(duration_s * 1000)}ms",
         "error": live.error or None,
     }
-    _write(level, "connection complete", fields)
 
 
 def wants_complete() -> bool:
@@ -115,11 +132,15 @@ def denied_early(
         _write(logging.WARNING, "connection failed", fields)
 
 
-def _write(level: int, message: str, fields: dict[str, object]) -> None:
+def _write(
+    level: int, message: str, fields: dict[str, object], trace: SpanContext | None = None
+) -> None:
     # Not Logger.log(): it walks the stack for a line number that nobody prints,
     # which is a third of its 20 us.
     record = logging.LogRecord(access_log.name, level, "", 0, message, None, None)
     record.fields = fields
+    if trace is not None:
+        setattr(record, TRACE, trace)
     access_log.handle(record)
 
 

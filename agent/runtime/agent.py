@@ -18,11 +18,12 @@ import trio
 import meshbpf
 from meshbpf.agent import api
 from meshbpf.agent.api_cni import CniRequest
-from meshbpf.agent.config import Settings
+from meshbpf.agent.config import Settings, otlp_endpoint
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.datapath.steering import Capture, Steering
+from meshbpf.agent.l7.providers import OTLP_TIMEOUT_S
 from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.bounds import Bounds
 from meshbpf.agent.runtime.carrying import Carrying
@@ -47,6 +48,8 @@ from meshbpf.agent.runtime.mesh import LiveMesh
 from meshbpf.agent.runtime.mesh_source import MeshSource
 from meshbpf.agent.runtime.monitoring import Monitoring, Parts
 from meshbpf.agent.runtime.named_pods import NamedPods
+from meshbpf.agent.runtime.otlp_export import OtlpExporter
+from meshbpf.agent.runtime.otlp_post import Collector
 from meshbpf.agent.runtime.pod import Pod
 from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.prefetch import Prefetch
@@ -108,8 +111,12 @@ class Agent:
         self._draining_until: datetime | None = None
         self.readiness = Readiness("bpf", "certificates", "heartbeat", "mesh-state", "pods")
         self._mesh = LiveMesh(self._datapath_lock)
+        self._exporter = _exporter(settings)
+        if self._exporter is not None:
+            nursery.start_soon(self._exporter.run)
         self._connections = ConnectionRegistry(
             telemetry=Telemetry(
+                exporter=self._exporter,
                 allowed_labels=check_allowed(settings.metric_labels) or None,
                 grace_s=settings.metrics_grace_s,
             )
@@ -239,6 +246,8 @@ class Agent:
             self._source_scope.cancel()
             await self.pods.stop_serving()
         await self.predecessors.end(STOP_PREDECESSORS_S)
+        if self._exporter is not None:
+            await self._exporter.finish()
         if self._steering is not None:
             await trio.to_thread.run_sync(self._steering.close)
 
@@ -262,6 +271,8 @@ class Agent:
                 await self._drain(self._settings.reload_deadline_s, hurry)
                 nursery.cancel_scope.cancel()
             await self.pods.stop_serving()
+        if self._exporter is not None:
+            await self._exporter.finish()
         if self._steering is not None:
             await trio.to_thread.run_sync(self._steering.close)
 
@@ -556,3 +567,10 @@ class Agent:
             found["forwarder"] = counters(forwarder)
             found["tunnels"] = summed(map(counters, forwarder.pools.values()))
         return found
+
+
+def _exporter(settings: Settings) -> OtlpExporter | None:
+    endpoint = otlp_endpoint(settings.otlp) if settings.otlp else None
+    if endpoint is None:
+        return None
+    return OtlpExporter(Collector(endpoint, OTLP_TIMEOUT_S), settings.node)

@@ -25,6 +25,7 @@ from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.traffic import Described, Labels, Reporter, ResponseFlag, labels
 from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.l7.telemetry.trace import SpanContext
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.stream import ByteCount
 from meshbpf.agent.runtime.telemetry import Telemetry, flag_of
@@ -131,6 +132,8 @@ class LiveConnection:
     """What it was told: its end counts where its beginning did."""
     finished: bool = False
     """Both directions ended in order; anything else is reset."""
+    trace: SpanContext | None = None
+    """Its span; None where spans are not exported."""
     denied: bool = False
     """Cut by a policy that came after it was admitted."""
 
@@ -225,8 +228,11 @@ class ConnectionRegistry:
         transport: Transport,
         source: SocketAddress,
         destination: SocketAddress,
+        traceparent: str = "",
     ) -> Iterator[LiveConnection]:
         """Register a connection for as long as the block runs, then tell of its end.
+
+        `traceparent` is what the client said of the trace that it belongs to.
 
         The block calls `announce` once it knows both ends; if it never does,
         they are told as they are at the end.
@@ -240,6 +246,7 @@ class ConnectionRegistry:
             destination=destination,
             opened_at=self._wall_clock(),
             opened_monotonic=self._monotonic(),
+            trace=self.telemetry.trace(traceparent),
         )
         self._live[live.id] = live
         self._opened += 1

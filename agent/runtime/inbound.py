@@ -160,7 +160,12 @@ class Inbound:
             tunnel.respond(stream, headers.response(status), end_stream=True)
             return
         with self._connections.track(
-            self._pod, Direction.INBOUND, Transport.HBONE, source, route.target
+            self._pod,
+            Direction.INBOUND,
+            Transport.HBONE,
+            source,
+            route.target,
+            headers.text(request.headers, b"traceparent"),
         ) as live:
             live.source_identity = tunnel.peer
             live.destination_identity = workload.identity

@@ -97,11 +97,11 @@ class PlainFormatter(logging.Formatter):
         """One line, but for the traceback of an unforeseen error."""
         cells = [
             _time(record).isoformat(timespec="microseconds").replace("+00:00", "Z"),
-            _level(record),
+            told_level(record),
             _scope(record),
             _escape(record.getMessage()),
         ]
-        values = _fields(record)
+        values = told_fields(record)
         if values:
             write = _quote_text if record.name == ACCESS else _quote
             cells.append(" ".join(f"{key}={write(value)}" for key, value in values.items()))
@@ -119,11 +119,11 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line in every case; a traceback is the field `traceback`."""
         line: dict[str, object] = {
-            "level": _level(record),
+            "level": told_level(record),
             "time": _time(record),
             "scope": _scope(record),
             "message": record.getMessage(),
-            **{key: _plain(value) for key, value in _fields(record).items()},
+            **{key: _plain(value) for key, value in told_fields(record).items()},
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -238,7 +238,8 @@ def set_up(level: LogLevel, log_format: LogFormat, stream: TextIO = sys.stderr) 
     return writer
 
 
-def _fields(record: logging.LogRecord) -> dict[str, object]:
+def told_fields(record: logging.LogRecord) -> dict[str, object]:
+    """Its fields, without those that say nothing."""
     values = getattr(record, _FIELDS, {})
     return {key: value for key, value in values.items() if value not in (None, "")}
 
@@ -248,7 +249,7 @@ def _plain(value: object) -> object:
     return value if isinstance(value, str | int | float) else str(value)
 
 
-def _level(record: logging.LogRecord) -> str:
+def told_level(record: logging.LogRecord) -> str:
     """The level as ztunnel spells it."""
     return "warn" if record.levelno == logging.WARNING else record.levelname.lower()
 

@@ -87,6 +87,7 @@ class Monitoring:
             return Response(HTTPStatus.METHOD_NOT_ALLOWED, "GET only\n")
         openmetrics = exposition.wants_openmetrics(request.headers.get("accept", ""))
         parts: list[str] = []
+        exporter = self._parts.connections.telemetry.exporter
         families = chain(
             self._parts.connections.telemetry.traffic.families(),
             (agent_metrics.build(),),
@@ -94,6 +95,7 @@ class Monitoring:
             agent_metrics.own(self._numbers()),
             self._parts.dns.families(),
             self._parts.source_families(),
+            exporter.families() if exporter is not None else (),
         )
         size = 0
         for family in families:

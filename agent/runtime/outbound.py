@@ -247,7 +247,9 @@ class Outbound:
             headers.baggage(workload),
             live.source,
             route.service.hostname if route.service is not None else None,
-            headers.traceparent(secrets.token_bytes(24)),
+            headers.traceparent(secrets.token_bytes(24))
+            if live.trace is None
+            else live.trace.header.encode(),
             network,
         )
 

@@ -27,7 +27,9 @@ from meshbpf.agent.runtime.traffic_metrics import GRACE_S, Owner, TrafficMetrics
 from meshbpf.agent.wire.errors import PeerError, TlsError
 
 if TYPE_CHECKING:
+    from meshbpf.agent.l7.telemetry.trace import SpanContext
     from meshbpf.agent.runtime.connections import LiveConnection
+    from meshbpf.agent.runtime.otlp_export import OtlpExporter
 
 DENIALS_KEPT = 100
 _SWEEP_BATCH = 2000
@@ -81,12 +83,18 @@ class Telemetry:
         grace_s: float = GRACE_S,
         wall_clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
+        exporter: OtlpExporter | None = None,
     ) -> None:
+        self.exporter = exporter
         self.traffic = TrafficMetrics(monotonic, allowed=allowed_labels, grace_s=grace_s)
         self._wall_clock = wall_clock
         self._monotonic = monotonic
         self._denials: deque[Denial] = deque(maxlen=DENIALS_KEPT)
         self._early: Counter[tuple[str, str]] = Counter()
+
+    def trace(self, traceparent: str) -> SpanContext | None:
+        """The span of a connection that begins; None where spans are not exported."""
+        return None if self.exporter is None else self.exporter.begin(traceparent)
 
     def opened(self, live: LiveConnection) -> None:
         """Both ends of `live` are known, as far as they ever will be."""
@@ -103,7 +111,12 @@ class Telemetry:
             if flag is ResponseFlag.NONE:
                 flag = ResponseFlag.CONNECT
         self.traffic.closed(live, labels, flag)
-        access_log.complete(live, labels, self._monotonic() - live.opened_monotonic)
+        duration_s = self._monotonic() - live.opened_monotonic
+        fields = None
+        if self.exporter is not None:
+            fields = access_log.complete_fields(live, labels, duration_s)
+            self.exporter.ended(live, fields, duration_s)
+        access_log.complete(live, labels, duration_s, fields)
         if flag is ResponseFlag.DENY:
             self._remember(live.reporter, live.source, live.target or live.destination, live.error)
 

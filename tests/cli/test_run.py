@@ -132,6 +132,7 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--log-level", "debug", "--log-format", "json"),
         *("--admin-port", "0", "--admin-open", "--stats-port", "15120"),
         *("--metric-label", "reporter", "--metrics-grace", "1m"),
+        *("--otlp", "http://otel:4318"),
         "--enrol",
         *("--kubeconfig", "/etc/kube"),
         *("--xds-root", "/etc/root.pem", "--xds-name", "istiod", "--ca-root", "/etc/root.pem"),
@@ -161,6 +162,7 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (settings.cert_ttl_s, settings.lease_s) == (7200.0, 300.0)
     assert (settings.heartbeat_limit_s, settings.readiness_port) == (0.75, 15121)
     assert (settings.admin_port, settings.admin_open, settings.stats_port) == (0, True, 15120)
+    assert settings.otlp == "http://otel:4318"
     assert (settings.metric_labels, settings.metrics_grace_s) == (("reporter",), 60.0)
     assert (settings.log_level, settings.log_format) == ("debug", "json")
 

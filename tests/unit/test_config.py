@@ -39,6 +39,7 @@ def test_each_value_knows_its_origin() -> None:
         ("lease_s", -1.0),
         ("heartbeat_limit_s", 0.1),
         ("readiness_port", 0),
+        ("otlp", "otel:4318"),
         ("log_level", "loud"),
         ("log_format", "xml"),
     ],

@@ -1,4 +1,4 @@
-"""W3C trace context (https://www.w3.org/TR/trace-context/), and the spans of a waypoint."""
+"""W3C trace context (https://www.w3.org/TR/trace-context/), and spans."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from meshbpf.agent.l7.message import Headers
 TRACEPARENT = "traceparent"
 SPAN = "trace"
 """In `Exchange.attributes`: the SpanContext of a traced request."""
+
+Tags = tuple[tuple[str, str | int], ...]
+"""What is told of something, by name."""
 
 _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _SAMPLED = 1
@@ -75,5 +78,7 @@ class Span:
     """Wall clock."""
     duration_ns: int
     failed: bool
-    tags: tuple[tuple[str, str], ...]
+    tags: Tags
     provider: str
+    client: bool = False
+    """Whether the one who asks reports it; else the one who is asked does."""

@@ -24,37 +24,51 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\notlp.proto\x12&opentelemetry.proto.collector.trace.v1\"j\n\x19\x45xportTraceServiceRequest\x12M\n\x0eresource_spans\x18\x01 \x03(\x0b\x32\x35.opentelemetry.proto.collector.trace.v1.ResourceSpans\"\x1c\n\x1a\x45xportTraceServiceResponse\"\x9c\x01\n\rResourceSpans\x12\x42\n\x08resource\x18\x01 \x01(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.Resource\x12G\n\x0bscope_spans\x18\x02 \x03(\x0b\x32\x32.opentelemetry.proto.collector.trace.v1.ScopeSpans\"P\n\x08Resource\x12\x44\n\nattributes\x18\x01 \x03(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.KeyValue\"\x96\x01\n\nScopeSpans\x12K\n\x05scope\x18\x01 \x01(\x0b\x32<.opentelemetry.proto.collector.trace.v1.InstrumentationScope\x12;\n\x05spans\x18\x02 \x03(\x0b\x32,.opentelemetry.proto.collector.trace.v1.Span\"5\n\x14InstrumentationScope\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xcf\x02\n\x04Span\x12\x10\n\x08trace_id\x18\x01 \x01(\x0c\x12\x0f\n\x07span_id\x18\x02 \x01(\x0c\x12\x16\n\x0eparent_span_id\x18\x04 \x01(\x0c\x12\x0c\n\x04name\x18\x05 \x01(\t\x12>\n\x04kind\x18\x06 \x01(\x0e\x32\x30.opentelemetry.proto.collector.trace.v1.SpanKind\x12\x1c\n\x14start_time_unix_nano\x18\x07 \x01(\x06\x12\x1a\n\x12\x65nd_time_unix_nano\x18\x08 \x01(\x06\x12\x44\n\nattributes\x18\t \x03(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.KeyValue\x12>\n\x06status\x18\x0f \x01(\x0b\x32..opentelemetry.proto.collector.trace.v1.Status\"[\n\x06Status\x12\x0f\n\x07message\x18\x02 \x01(\t\x12@\n\x04\x63ode\x18\x03 \x01(\x0e\x32\x32.opentelemetry.proto.collector.trace.v1.StatusCode\"X\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12?\n\x05value\x18\x02 \x01(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.AnyValue\" \n\x08\x41nyValue\x12\x14\n\x0cstring_value\x18\x01 \x01(\t*S\n\x08SpanKind\x12\x19\n\x15SPAN_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12SPAN_KIND_INTERNAL\x10\x01\x12\x14\n\x10SPAN_KIND_SERVER\x10\x02*N\n\nStatusCode\x12\x15\n\x11STATUS_CODE_UNSET\x10\x00\x12\x12\n\x0eSTATUS_CODE_OK\x10\x01\x12\x15\n\x11STATUS_CODE_ERROR\x10\x02\x32\xa0\x01\n\x0cTraceService\x12\x8f\x01\n\x06\x45xport\x12\x41.opentelemetry.proto.collector.trace.v1.ExportTraceServiceRequest\x1a\x42.opentelemetry.proto.collector.trace.v1.ExportTraceServiceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\notlp.proto\x12&opentelemetry.proto.collector.trace.v1\"j\n\x19\x45xportTraceServiceRequest\x12M\n\x0eresource_spans\x18\x01 \x03(\x0b\x32\x35.opentelemetry.proto.collector.trace.v1.ResourceSpans\"s\n\x1a\x45xportTraceServiceResponse\x12U\n\x0fpartial_success\x18\x01 \x01(\x0b\x32<.opentelemetry.proto.collector.trace.v1.ExportPartialSuccess\"?\n\x14\x45xportPartialSuccess\x12\x10\n\x08rejected\x18\x01 \x01(\x03\x12\x15\n\rerror_message\x18\x02 \x01(\t\"g\n\x18\x45xportLogsServiceRequest\x12K\n\rresource_logs\x18\x01 \x03(\x0b\x32\x34.opentelemetry.proto.collector.trace.v1.ResourceLogs\"r\n\x19\x45xportLogsServiceResponse\x12U\n\x0fpartial_success\x18\x01 \x01(\x0b\x32<.opentelemetry.proto.collector.trace.v1.ExportPartialSuccess\"\x9c\x01\n\rResourceSpans\x12\x42\n\x08resource\x18\x01 \x01(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.Resource\x12G\n\x0bscope_spans\x18\x02 \x03(\x0b\x32\x32.opentelemetry.proto.collector.trace.v1.ScopeSpans\"P\n\x08Resource\x12\x44\n\nattributes\x18\x01 \x03(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.KeyValue\"\x96\x01\n\nScopeSpans\x12K\n\x05scope\x18\x01 \x01(\x0b\x32<.opentelemetry.proto.collector.trace.v1.InstrumentationScope\x12;\n\x05spans\x18\x02 \x03(\x0b\x32,.opentelemetry.proto.collector.trace.v1.Span\"5\n\x14InstrumentationScope\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xcf\x02\n\x04Span\x12\x10\n\x08trace_id\x18\x01 \x01(\x0c\x12\x0f\n\x07span_id\x18\x02 \x01(\x0c\x12\x16\n\x0eparent_span_id\x18\x04 \x01(\x0c\x12\x0c\n\x04name\x18\x05 \x01(\t\x12>\n\x04kind\x18\x06 \x01(\x0e\x32\x30.opentelemetry.proto.collector.trace.v1.SpanKind\x12\x1c\n\x14start_time_unix_nano\x18\x07 \x01(\x06\x12\x1a\n\x12\x65nd_time_unix_nano\x18\x08 \x01(\x06\x12\x44\n\nattributes\x18\t \x03(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.KeyValue\x12>\n\x06status\x18\x0f \x01(\x0b\x32..opentelemetry.proto.collector.trace.v1.Status\"[\n\x06Status\x12\x0f\n\x07message\x18\x02 \x01(\t\x12@\n\x04\x63ode\x18\x03 \x01(\x0e\x32\x32.opentelemetry.proto.collector.trace.v1.StatusCode\"\x99\x01\n\x0cResourceLogs\x12\x42\n\x08resource\x18\x01 \x01(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.Resource\x12\x45\n\nscope_logs\x18\x02 \x03(\x0b\x32\x31.opentelemetry.proto.collector.trace.v1.ScopeLogs\"\xa0\x01\n\tScopeLogs\x12K\n\x05scope\x18\x01 \x01(\x0b\x32<.opentelemetry.proto.collector.trace.v1.InstrumentationScope\x12\x46\n\x0blog_records\x18\x02 \x03(\x0b\x32\x31.opentelemetry.proto.collector.trace.v1.LogRecord\"\xe4\x02\n\tLogRecord\x12\x16\n\x0etime_unix_nano\x18\x01 \x01(\x06\x12O\n\x0fseverity_number\x18\x02 \x01(\x0e\x32\x36.opentelemetry.proto.collector.trace.v1.SeverityNumber\x12\x15\n\rseverity_text\x18\x03 \x01(\t\x12>\n\x04\x62ody\x18\x05 \x01(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.AnyValue\x12\x44\n\nattributes\x18\x06 \x03(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.KeyValue\x12\r\n\x05\x66lags\x18\x08 \x01(\x07\x12\x10\n\x08trace_id\x18\t \x01(\x0c\x12\x0f\n\x07span_id\x18\n \x01(\x0c\x12\x1f\n\x17observed_time_unix_nano\x18\x0b \x01(\x06\"X\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\t\x12?\n\x05value\x18\x02 \x01(\x0b\x32\x30.opentelemetry.proto.collector.trace.v1.AnyValue\"@\n\x08\x41nyValue\x12\x16\n\x0cstring_value\x18\x01 \x01(\tH\x00\x12\x13\n\tint_value\x18\x03 \x01(\x03H\x00\x42\x07\n\x05value*i\n\x08SpanKind\x12\x19\n\x15SPAN_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12SPAN_KIND_INTERNAL\x10\x01\x12\x14\n\x10SPAN_KIND_SERVER\x10\x02\x12\x14\n\x10SPAN_KIND_CLIENT\x10\x03*N\n\nStatusCode\x12\x15\n\x11STATUS_CODE_UNSET\x10\x00\x12\x12\n\x0eSTATUS_CODE_OK\x10\x01\x12\x15\n\x11STATUS_CODE_ERROR\x10\x02*\x9b\x01\n\x0eSeverityNumber\x12\x1f\n\x1bSEVERITY_NUMBER_UNSPECIFIED\x10\x00\x12\x19\n\x15SEVERITY_NUMBER_DEBUG\x10\x05\x12\x18\n\x14SEVERITY_NUMBER_INFO\x10\t\x12\x18\n\x14SEVERITY_NUMBER_WARN\x10\r\x12\x19\n\x15SEVERITY_NUMBER_ERROR\x10\x11\x32\xa0\x01\n\x0cTraceService\x12\x8f\x01\n\x06\x45xport\x12\x41.opentelemetry.proto.collector.trace.v1.ExportTraceServiceRequest\x1a\x42.opentelemetry.proto.collector.trace.v1.ExportTraceServiceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'otlp_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPANKIND']._serialized_start=1196
-  _globals['_SPANKIND']._serialized_end=1279
-  _globals['_STATUSCODE']._serialized_start=1281
-  _globals['_STATUSCODE']._serialized_end=1359
+  _globals['_SPANKIND']._serialized_start=2279
+  _globals['_SPANKIND']._serialized_end=2384
+  _globals['_STATUSCODE']._serialized_start=2386
+  _globals['_STATUSCODE']._serialized_end=2464
+  _globals['_SEVERITYNUMBER']._serialized_start=2467
+  _globals['_SEVERITYNUMBER']._serialized_end=2622
   _globals['_EXPORTTRACESERVICEREQUEST']._serialized_start=54
   _globals['_EXPORTTRACESERVICEREQUEST']._serialized_end=160
   _globals['_EXPORTTRACESERVICERESPONSE']._serialized_start=162
-  _globals['_EXPORTTRACESERVICERESPONSE']._serialized_end=190
-  _globals['_RESOURCESPANS']._serialized_start=193
-  _globals['_RESOURCESPANS']._serialized_end=349
-  _globals['_RESOURCE']._serialized_start=351
-  _globals['_RESOURCE']._serialized_end=431
-  _globals['_SCOPESPANS']._serialized_start=434
-  _globals['_SCOPESPANS']._serialized_end=584
-  _globals['_INSTRUMENTATIONSCOPE']._serialized_start=586
-  _globals['_INSTRUMENTATIONSCOPE']._serialized_end=639
-  _globals['_SPAN']._serialized_start=642
-  _globals['_SPAN']._serialized_end=977
-  _globals['_STATUS']._serialized_start=979
-  _globals['_STATUS']._serialized_end=1070
-  _globals['_KEYVALUE']._serialized_start=1072
-  _globals['_KEYVALUE']._serialized_end=1160
-  _globals['_ANYVALUE']._serialized_start=1162
-  _globals['_ANYVALUE']._serialized_end=1194
-  _globals['_TRACESERVICE']._serialized_start=1362
-  _globals['_TRACESERVICE']._serialized_end=1522
+  _globals['_EXPORTTRACESERVICERESPONSE']._serialized_end=277
+  _globals['_EXPORTPARTIALSUCCESS']._serialized_start=279
+  _globals['_EXPORTPARTIALSUCCESS']._serialized_end=342
+  _globals['_EXPORTLOGSSERVICEREQUEST']._serialized_start=344
+  _globals['_EXPORTLOGSSERVICEREQUEST']._serialized_end=447
+  _globals['_EXPORTLOGSSERVICERESPONSE']._serialized_start=449
+  _globals['_EXPORTLOGSSERVICERESPONSE']._serialized_end=563
+  _globals['_RESOURCESPANS']._serialized_start=566
+  _globals['_RESOURCESPANS']._serialized_end=722
+  _globals['_RESOURCE']._serialized_start=724
+  _globals['_RESOURCE']._serialized_end=804
+  _globals['_SCOPESPANS']._serialized_start=807
+  _globals['_SCOPESPANS']._serialized_end=957
+  _globals['_INSTRUMENTATIONSCOPE']._serialized_start=959
+  _globals['_INSTRUMENTATIONSCOPE']._serialized_end=1012
+  _globals['_SPAN']._serialized_start=1015
+  _globals['_SPAN']._serialized_end=1350
+  _globals['_STATUS']._serialized_start=1352
+  _globals['_STATUS']._serialized_end=1443
+  _globals['_RESOURCELOGS']._serialized_start=1446
+  _globals['_RESOURCELOGS']._serialized_end=1599
+  _globals['_SCOPELOGS']._serialized_start=1602
+  _globals['_SCOPELOGS']._serialized_end=1762
+  _globals['_LOGRECORD']._serialized_start=1765
+  _globals['_LOGRECORD']._serialized_end=2121
+  _globals['_KEYVALUE']._serialized_start=2123
+  _globals['_KEYVALUE']._serialized_end=2211
+  _globals['_ANYVALUE']._serialized_start=2213
+  _globals['_ANYVALUE']._serialized_end=2277
+  _globals['_TRACESERVICE']._serialized_start=2625
+  _globals['_TRACESERVICE']._serialized_end=2785
 # @@protoc_insertion_point(module_scope)

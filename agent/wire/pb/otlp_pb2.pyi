@@ -12,18 +12,33 @@ class SpanKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SPAN_KIND_UNSPECIFIED: _ClassVar[SpanKind]
     SPAN_KIND_INTERNAL: _ClassVar[SpanKind]
     SPAN_KIND_SERVER: _ClassVar[SpanKind]
+    SPAN_KIND_CLIENT: _ClassVar[SpanKind]
 
 class StatusCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     STATUS_CODE_UNSET: _ClassVar[StatusCode]
     STATUS_CODE_OK: _ClassVar[StatusCode]
     STATUS_CODE_ERROR: _ClassVar[StatusCode]
+
+class SeverityNumber(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SEVERITY_NUMBER_UNSPECIFIED: _ClassVar[SeverityNumber]
+    SEVERITY_NUMBER_DEBUG: _ClassVar[SeverityNumber]
+    SEVERITY_NUMBER_INFO: _ClassVar[SeverityNumber]
+    SEVERITY_NUMBER_WARN: _ClassVar[SeverityNumber]
+    SEVERITY_NUMBER_ERROR: _ClassVar[SeverityNumber]
 SPAN_KIND_UNSPECIFIED: SpanKind
 SPAN_KIND_INTERNAL: SpanKind
 SPAN_KIND_SERVER: SpanKind
+SPAN_KIND_CLIENT: SpanKind
 STATUS_CODE_UNSET: StatusCode
 STATUS_CODE_OK: StatusCode
 STATUS_CODE_ERROR: StatusCode
+SEVERITY_NUMBER_UNSPECIFIED: SeverityNumber
+SEVERITY_NUMBER_DEBUG: SeverityNumber
+SEVERITY_NUMBER_INFO: SeverityNumber
+SEVERITY_NUMBER_WARN: SeverityNumber
+SEVERITY_NUMBER_ERROR: SeverityNumber
 
 class ExportTraceServiceRequest(_message.Message):
     __slots__ = ("resource_spans",)
@@ -32,8 +47,30 @@ class ExportTraceServiceRequest(_message.Message):
     def __init__(self, resource_spans: _Optional[_Iterable[_Union[ResourceSpans, _Mapping]]] = ...) -> None: ...
 
 class ExportTraceServiceResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("partial_success",)
+    PARTIAL_SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    partial_success: ExportPartialSuccess
+    def __init__(self, partial_success: _Optional[_Union[ExportPartialSuccess, _Mapping]] = ...) -> None: ...
+
+class ExportPartialSuccess(_message.Message):
+    __slots__ = ("rejected", "error_message")
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    rejected: int
+    error_message: str
+    def __init__(self, rejected: _Optional[int] = ..., error_message: _Optional[str] = ...) -> None: ...
+
+class ExportLogsServiceRequest(_message.Message):
+    __slots__ = ("resource_logs",)
+    RESOURCE_LOGS_FIELD_NUMBER: _ClassVar[int]
+    resource_logs: _containers.RepeatedCompositeFieldContainer[ResourceLogs]
+    def __init__(self, resource_logs: _Optional[_Iterable[_Union[ResourceLogs, _Mapping]]] = ...) -> None: ...
+
+class ExportLogsServiceResponse(_message.Message):
+    __slots__ = ("partial_success",)
+    PARTIAL_SUCCESS_FIELD_NUMBER: _ClassVar[int]
+    partial_success: ExportPartialSuccess
+    def __init__(self, partial_success: _Optional[_Union[ExportPartialSuccess, _Mapping]] = ...) -> None: ...
 
 class ResourceSpans(_message.Message):
     __slots__ = ("resource", "scope_spans")
@@ -95,6 +132,44 @@ class Status(_message.Message):
     code: StatusCode
     def __init__(self, message: _Optional[str] = ..., code: _Optional[_Union[StatusCode, str]] = ...) -> None: ...
 
+class ResourceLogs(_message.Message):
+    __slots__ = ("resource", "scope_logs")
+    RESOURCE_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_LOGS_FIELD_NUMBER: _ClassVar[int]
+    resource: Resource
+    scope_logs: _containers.RepeatedCompositeFieldContainer[ScopeLogs]
+    def __init__(self, resource: _Optional[_Union[Resource, _Mapping]] = ..., scope_logs: _Optional[_Iterable[_Union[ScopeLogs, _Mapping]]] = ...) -> None: ...
+
+class ScopeLogs(_message.Message):
+    __slots__ = ("scope", "log_records")
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    LOG_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    scope: InstrumentationScope
+    log_records: _containers.RepeatedCompositeFieldContainer[LogRecord]
+    def __init__(self, scope: _Optional[_Union[InstrumentationScope, _Mapping]] = ..., log_records: _Optional[_Iterable[_Union[LogRecord, _Mapping]]] = ...) -> None: ...
+
+class LogRecord(_message.Message):
+    __slots__ = ("time_unix_nano", "severity_number", "severity_text", "body", "attributes", "flags", "trace_id", "span_id", "observed_time_unix_nano")
+    TIME_UNIX_NANO_FIELD_NUMBER: _ClassVar[int]
+    SEVERITY_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SEVERITY_TEXT_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    TRACE_ID_FIELD_NUMBER: _ClassVar[int]
+    SPAN_ID_FIELD_NUMBER: _ClassVar[int]
+    OBSERVED_TIME_UNIX_NANO_FIELD_NUMBER: _ClassVar[int]
+    time_unix_nano: int
+    severity_number: SeverityNumber
+    severity_text: str
+    body: AnyValue
+    attributes: _containers.RepeatedCompositeFieldContainer[KeyValue]
+    flags: int
+    trace_id: bytes
+    span_id: bytes
+    observed_time_unix_nano: int
+    def __init__(self, time_unix_nano: _Optional[int] = ..., severity_number: _Optional[_Union[SeverityNumber, str]] = ..., severity_text: _Optional[str] = ..., body: _Optional[_Union[AnyValue, _Mapping]] = ..., attributes: _Optional[_Iterable[_Union[KeyValue, _Mapping]]] = ..., flags: _Optional[int] = ..., trace_id: _Optional[bytes] = ..., span_id: _Optional[bytes] = ..., observed_time_unix_nano: _Optional[int] = ...) -> None: ...
+
 class KeyValue(_message.Message):
     __slots__ = ("key", "value")
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -104,7 +179,9 @@ class KeyValue(_message.Message):
     def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[AnyValue, _Mapping]] = ...) -> None: ...
 
 class AnyValue(_message.Message):
-    __slots__ = ("string_value",)
+    __slots__ = ("string_value", "int_value")
     STRING_VALUE_FIELD_NUMBER: _ClassVar[int]
+    INT_VALUE_FIELD_NUMBER: _ClassVar[int]
     string_value: str
-    def __init__(self, string_value: _Optional[str] = ...) -> None: ...
+    int_value: int
+    def __init__(self, string_value: _Optional[str] = ..., int_value: _Optional[int] = ...) -> None: ...
