@@ -111,6 +111,7 @@ def test_the_first_packet_of_a_pods_first_process_is_captured(nodes: CniBed) -> 
     bed.expect(server=2, first=1)
     server = bed.run_pod("server", 2)
     bed.tell_mesh(server)
+    bed.wait_mesh()
     with Sniffer(bed.node_netns(1), "trunk", ()) as sniffer:
         client = bed.run_pod("first", 1, args=("dial", server.ip, str(PORT)))
         info = bed.wait_state(bed.agents[1], client, "attached")

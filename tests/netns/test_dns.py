@@ -60,7 +60,6 @@ def records(answer: dns.message.Message) -> set[str]:
     return {record.to_text() for rrset in answer.answer for record in rrset}
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("way", ["udp", "connected", "tcp"])
 def test_a_service_is_found_by_its_short_name(
     bed: Testbed, resolver: Resolver, family: Family, way: str
@@ -75,7 +74,6 @@ def test_a_service_is_found_by_its_short_name(
     passes(bed, pod, server.vip(family), 80)
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("tcp", [False, True], ids=["udp", "tcp"])
 def test_other_names_are_the_pods_own_resolvers_to_answer(
     bed: Testbed, resolver: Resolver, family: Family, tcp: bool
@@ -93,14 +91,12 @@ def test_a_truncated_answer_is_asked_for_again_by_tcp(bed: Testbed, resolver: Re
     assert len(records(ask(pod, where, "long.outside.test", "TXT", tcp=True))) == 10
 
 
-@pytest.mark.compat
 def test_a_resolver_that_is_not_there_is_a_server_failure(bed: Testbed) -> None:
     answer = ask(bed["n1a"], bed["n1x"].ipv4, "outside.test")
     assert answer.rcode() == dns.rcode.SERVFAIL
     assert records(ask(bed["n1a"], bed["n1x"].ipv4, "n2a")) == {bed["n2a"].vip(4)}
 
 
-@pytest.mark.compat
 def test_each_query_is_a_line_at_debug(bed: Testbed, resolver: Resolver) -> None:
     agent, pod, where = bed.agents[1], bed["n1a"], bed["n2x"].ipv4
     agent.cli("log", "--level", "dns=debug")

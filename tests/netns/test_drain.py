@@ -39,7 +39,6 @@ def agent(bed: Testbed) -> Iterator[Agent]:
         agent.start(*OPTIONS)
 
 
-@pytest.mark.compat
 def test_after_sigterm_a_stream_has_the_deadline_and_is_then_cut(
     bed: Testbed, agent: Agent
 ) -> None:
@@ -69,7 +68,6 @@ def test_after_sigterm_a_stream_has_the_deadline_and_is_then_cut(
     assert agent.stop() == 0
 
 
-@pytest.mark.compat
 def test_an_agent_without_connections_ends_at_once(bed: Testbed, agent: Agent) -> None:
     """Tunnels that nobody uses are none."""
     passes(bed, bed["n1a"], bed["n2a"].ipv4)
@@ -79,7 +77,6 @@ def test_an_agent_without_connections_ends_at_once(bed: Testbed, agent: Agent) -
     assert time.monotonic() - began < DEADLINE_S
 
 
-@pytest.mark.compat
 def test_a_second_signal_cuts_the_draining_short(bed: Testbed, agent: Agent) -> None:
     with bed.connect(bed["n1a"], bed["n2a"].ipv4, server.ECHO) as sock:
         echo(sock)
@@ -93,7 +90,6 @@ def test_a_second_signal_cuts_the_draining_short(bed: Testbed, agent: Agent) -> 
     assert agent.stop() == 0
 
 
-@pytest.mark.compat
 def test_the_limit_of_descriptors_is_the_hard_one(bed: Testbed, agent: Agent) -> None:
     limits = Path(f"/proc/{agent.pid}/limits").read_text().splitlines()
     (line,) = (one for one in limits if one.startswith("Max open files"))

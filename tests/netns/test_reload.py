@@ -121,7 +121,6 @@ def reload_under_traffic(bed: Testbed, streams: int, every_s: float, reloads: in
     assert (status.ready, status.pid) == (True, agent.pid)
 
 
-@pytest.mark.compat
 def test_a_reload_breaks_no_stream_and_refuses_no_connection(bed: Testbed) -> None:
     reload_under_traffic(bed, streams=25, every_s=0.05, reloads=1)
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "compat.md"
 ROW = re.compile(r"^\| ([A-Z]+\d+) \| (.+) \| (.+) \|$")
-MARK = re.compile(r"mark\.(compat|slow)\b")
+MARK = re.compile(r"mark\.(compat|slow|netns|xds|gamma)\b")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
@@ -43,7 +43,7 @@ def names_in(path: str) -> frozenset[str]:
 
 @cache
 def is_marked(path: str, name: str) -> bool:
-    """Whether the file, or the test, carries the marker `compat`, or `slow` for a long one."""
+    """Whether the file, or the test, carries the marker `compat`, or that of a stage of its own."""
     tree = ast.parse((ROOT / path).read_text())
     for node in tree.body:
         text = ast.unparse(node)

@@ -208,12 +208,13 @@ class WaypointBed(Testbed):
             self.apply()
 
     def apply(self) -> None:
-        """Write the objects, and wait until the waypoint goes by them."""
+        """Write the objects, and wait until the waypoint and the agents go by them."""
         before = self.plans()
         text = self.mesh_file.read_text()
         self.write_mesh()
         if self.mesh_file.read_text() != text:
             eventually("the waypoint has a new plan", lambda: self.plans() > before, 10.0)
+            self.wait_mesh()
 
     def plans(self) -> int:
         """How many plans the waypoint has made."""

@@ -591,7 +591,6 @@ def test_mesh_frontend(mesh: WaypointBed) -> None:
             assert (direct.name, direct.headers.get("x-header-set")) == ("echo-v2", None)
 
 
-@pytest.mark.compat
 def test_mesh_frontend_hostname(mesh: WaypointBed) -> None:
     with client(mesh, "front") as front, client(mesh, "ports1", 8080) as other:
         for _ in range(IN_A_ROW):

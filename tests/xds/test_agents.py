@@ -18,7 +18,7 @@ from tests.testbed import SUITE_TAG, Testbed
 from tests.xds import records, serve
 from tests.xds.istiod import NAME
 
-pytestmark = [pytest.mark.xds, pytest.mark.compat]
+pytestmark = pytest.mark.xds
 PORT = 15012
 ADDRESS = f"https://{node_address(1, 4)}:{PORT}"
 

@@ -29,7 +29,7 @@ from tests.xds.conftest import NODE
 from tests.xds.istiod import TOKEN, Istiod
 
 # The clock has to be asked for by each test itself, or time is the real one.
-pytestmark = [pytest.mark.xds, pytest.mark.compat]
+pytestmark = pytest.mark.xds
 START = datetime(2026, 5, 1, tzinfo=UTC)
 WEB = SpiffeId("cluster.local", "shop", "web")
 DB = SpiffeId("cluster.local", "shop", "db")

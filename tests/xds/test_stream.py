@@ -17,7 +17,7 @@ from tests.xds import records
 from tests.xds.conftest import eventually, following
 from tests.xds.istiod import NAME, Istiod, Stream, serving
 
-pytestmark = [pytest.mark.xds, pytest.mark.compat]
+pytestmark = pytest.mark.xds
 WEB = "shop/web.shop.svc.cluster.local"
 HOST = "web.shop.svc.cluster.local"
 

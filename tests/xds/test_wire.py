@@ -22,7 +22,7 @@ from meshbpf.agent.wire.xds_policies import read_authorization
 from meshbpf.agent.wire.xds_records import RecordError, RecordReader
 from tests.xds import records
 
-pytestmark = [pytest.mark.xds, pytest.mark.compat]
+pytestmark = pytest.mark.xds
 WEB = SpiffeId("cluster.local", "shop", "web")
 
 

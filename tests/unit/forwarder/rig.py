@@ -244,8 +244,12 @@ def client_ip(target: str) -> str:
 async def dial(netns: Netns, ip: str, port: int, source: str) -> trio.SocketStream:
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     sock = trio.socket.from_stdlib_socket(netns.socket(family, socket.SOCK_STREAM))
-    await sock.bind((source, 0))
-    await sock.connect((ip, port))
+    try:
+        await sock.bind((source, 0))
+        await sock.connect((ip, port))
+    except BaseException:
+        sock.close()
+        raise
     return trio.SocketStream(sock)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import trio
 
@@ -95,9 +97,10 @@ async def test_while_the_gate_is_closed_dials_wait_and_are_served_when_it_opens(
 async def test_a_pod_at_its_bound_is_refused_at_once_and_another_is_not(rig: Rig) -> None:
     rig.client.forwarder._bounds = Bounds(descriptors=100_000, per_pod=2)
     async with rig.listen() as listener, rig.joined(listener), rig.joined(listener):
-        third = await rig.dial()
-        await expect_reset(third)
-        await third.aclose()
+        with contextlib.suppress(ConnectionResetError):  # it may come before connect() returns
+            third = await rig.dial()
+            await expect_reset(third)
+            await third.aclose()
         assert rig.client.forwarder.turned_away() == {rig.client.pod.key: 1}
         assert rig.server.forwarder.turned_away() == {rig.server.pod.key: 0}
     await settled(lambda: rig.client.forwarder.carried == 0)
