@@ -122,6 +122,8 @@ class Settings:
     probe_cgroups: tuple[Path, ...] = ()
     """cgroup v2 folders whose processes' connections are probes, never captured."""
     cert_ttl_s: float = 24 * 3600.0
+    crl_dir: Path | None = None
+    """Revocation lists: a folder of them, or one file; None: nothing is ever revoked."""
     lease_s: float = 60.0
     """How long after the last good look at the mesh state "not in the mesh" may be believed."""
     heartbeat_limit_s: float = 0.5

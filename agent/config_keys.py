@@ -140,6 +140,7 @@ KEYS: tuple[Key, ...] = (
     Key("cluster-domain", "cluster_domain", str, _as_is),
     Key("probe-cgroups", "probe_cgroups", list[str], _paths, "--probe-cgroup"),
     Key("cert-ttl", "cert_ttl_s", _DURATION, _duration),
+    Key("crl-dir", "crl_dir", str, Path),
     Key("lease", "lease_s", _DURATION, _duration),
     Key("heartbeat-limit", "heartbeat_limit_s", _DURATION, _duration),
     Key("cri-socket", "cri_socket", str, Path),

@@ -100,6 +100,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias("ALT_CA_HOSTNAME", "ca-name", _text),
     Alias("AUTH_TOKEN", "token-file", _token),
     Alias("SECRET_TTL", "cert-ttl", duration_s),
+    Alias("CRL_PATH", "crl-dir", Path),
     Alias("CONNECTION_TERMINATION_DEADLINE", "termination-deadline", duration_s),
     Alias("TERMINATION_GRACE_PERIOD_SECONDS", "termination-deadline", grace_s),
     Alias("ISTIO_META_DNS_CAPTURE", "dns", _flag),

@@ -158,6 +158,13 @@ _OPTIONS: tuple[Any, ...] = (
         help="Life of a workload certificate, renewed at its half.  [default: 24h]",
     ),
     click.option(
+        "--crl-dir",
+        type=_FILE,
+        metavar="DIR",
+        help="Certificate revocation lists, PEM or DER: a folder of them, or one file; read again "
+        "when they change.",
+    ),
+    click.option(
         "--lease",
         "lease_s",
         type=DURATION,

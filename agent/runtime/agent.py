@@ -55,6 +55,7 @@ from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.prefetch import Prefetch
 from meshbpf.agent.runtime.readiness import Readiness
 from meshbpf.agent.runtime.reconcile import Reconciler
+from meshbpf.agent.runtime.revocation import RevocationSource
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.takeover import Predecessors
 from meshbpf.agent.runtime.telemetry import Telemetry
@@ -123,8 +124,12 @@ class Agent:
         )
         self._dns_metrics = DnsMetrics()
         self._locator = Locator(CriClient(settings.cri_socket))
+        self._crl = RevocationSource(settings.crl_dir) if settings.crl_dir else None
         self._certificates = CertificateStore(
-            issuer, nursery, ttl=timedelta(seconds=settings.cert_ttl_s)
+            issuer,
+            nursery,
+            ttl=timedelta(seconds=settings.cert_ttl_s),
+            revocations=self._crl.revocations if self._crl else None,
         )
         self._source_scope = trio.CancelScope()
         self._membership = Membership(source, self._mesh.current, settings.node)
@@ -156,6 +161,9 @@ class Agent:
         self._steering = steering = await trio.to_thread.run_sync(self._open_steering)
         log.info("steering", capture=steering.capture_in_force, reason=steering.capture_reason)
         self.readiness.done("bpf")
+        if self._crl is not None:
+            await trio.to_thread.run_sync(self._crl.load)
+            self._nursery.start_soon(self._crl.watch)
         self._mesh.steer_with(steering)
         if state is not None:
             await self._mesh.apply(state)
@@ -519,6 +527,7 @@ class Agent:
         for cert in self._certificates.describe().certs:
             if cert.error is not None:
                 found.append(f"certificate of {cert.identity}: {cert.error.what}")
+        found.extend(self._crl.warnings() if self._crl else ())
         dropped = self._writer.statistics().dropped
         if dropped:
             found.append(f"{dropped} log records dropped: stderr is not read fast enough")
@@ -542,6 +551,7 @@ class Agent:
             ready=lambda: not self.readiness.pending(),
             source_healthy=lambda: self._source.healthy,
             source_families=self._source.families if isinstance(self._source, XdsSource) else tuple,
+            crl_families=self._crl.families if self._crl else tuple,
         )
 
     def _counters(self) -> dict[str, dict[str, int | float]]:

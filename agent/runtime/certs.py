@@ -31,6 +31,7 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.runtime.control import error_body
 from meshbpf.agent.runtime.issuing import FetchQueue, Issuer, Priority, Turn
 from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.wire.crl import Revocations
 from meshbpf.agent.wire.tls import WorkloadTls, workload_tls
 
 CLOCK_SKEW = timedelta(seconds=60)
@@ -107,7 +108,9 @@ class CertificateStore:
         ttl: timedelta,
         now: Callable[[], datetime] = utc_now,
         rng: random.Random | None = None,
+        revocations: Revocations | None = None,
     ) -> None:
+        self._revocations = revocations
         self._issuer = issuer
         self._nursery = nursery
         self._ttl = ttl
@@ -267,7 +270,7 @@ class CertificateStore:
             issued = await self._issuer.issue(
                 held.identity, started - CLOCK_SKEW, started + self._ttl
             )
-        tls = workload_tls(issued.chain_pem, issued.key, issued.roots_pem)
+        tls = workload_tls(issued.chain_pem, issued.key, issued.roots_pem, self._revocations)
         if tls.identity != held.identity:
             raise MeshbpfError(
                 "wrong-certificate", f"asked for {held.identity}, the CA answered {tls.identity}"
@@ -299,7 +302,7 @@ class CertificateStore:
         log.warning("the CA's roots have changed: certificates are renewed")
         for held in self._held.values():
             if held.key is not None:
-                held.tls = workload_tls(held.chain_pem, held.key, roots_pem)
+                held.tls = workload_tls(held.chain_pem, held.key, roots_pem, self._revocations)
         self.renew_all()
 
     def _retry_pause_s(self, failures: int, held: _Held) -> float:

@@ -29,6 +29,7 @@ from meshbpf.agent.l7.telemetry.trace import SpanContext
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.stream import ByteCount
 from meshbpf.agent.runtime.telemetry import Telemetry, flag_of
+from meshbpf.agent.wire.errors import RevokedError
 
 
 class Direction(StrEnum):
@@ -171,6 +172,12 @@ class LiveConnection:
         if self.announced:
             self.announced_labels = found
         return found
+
+    def broke(self, why: str, fault: BaseException | None) -> None:
+        """Note that its stream ended, and with which fault of its tunnel."""
+        self.error = self.error or why
+        if self.flag is ResponseFlag.NONE and isinstance(fault, RevokedError):
+            self.flag = flag_of(fault)
 
     def fail(self, error: BaseException) -> None:
         """Note why it ends, unless something else was to blame before."""

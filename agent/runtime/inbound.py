@@ -180,7 +180,7 @@ class Inbound:
                     await self._carry_stream(live, tunnel, stream, workload, route)
             finally:
                 if stream.failure:
-                    live.error = live.error or stream.failure
+                    live.broke(stream.failure, tunnel.fault)
                 stream.abandon()
 
     def _route(

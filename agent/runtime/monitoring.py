@@ -64,6 +64,7 @@ class Parts:
     ready: Callable[[], bool]
     source_healthy: Callable[[], bool]
     source_families: Callable[[], Iterable[Family]]
+    crl_families: Callable[[], Iterable[Family]]
 
 
 class Monitoring:
@@ -96,6 +97,7 @@ class Monitoring:
             self._parts.dns.families(),
             self._parts.source_families(),
             exporter.families() if exporter is not None else (),
+            self._parts.crl_families(),
         )
         size = 0
         for family in families:

@@ -176,7 +176,7 @@ class Outbound:
             live.finished = True
         finally:
             if stream.failure:
-                live.error = live.error or stream.failure
+                live.broke(stream.failure, stream.tunnel.fault)
             stream.abandon()
 
     async def _ask(
@@ -205,7 +205,7 @@ class Outbound:
                 answer = await wait_answer(stream, trial)
             _expect_200(answer, stream, str(route.gateway))
         except BaseException:
-            live.error = live.error or stream.failure
+            live.broke(stream.failure, stream.tunnel.fault)
             stream.abandon()
             raise
         return stream
@@ -226,7 +226,7 @@ class Outbound:
             answer = await stream.wait_response()
             found = _expect_200(answer, stream, f"{route.authority} behind {route.gateway}")
         except BaseException:
-            live.error = live.error or stream.failure
+            live.broke(stream.failure, stream.tunnel.fault)
             stream.abandon()
             raise
         live.destination_workload = None

@@ -53,6 +53,8 @@ class Denial:
 
 def flag_of(error: BaseException) -> ResponseFlag:
     """Why a connection failed, in the words of the `response_flags` label."""
+    if isinstance(error, MeshbpfError) and error.code == "cert-revoked":
+        return ResponseFlag.CERT_REVOKED
     if isinstance(error, TlsError):
         return ResponseFlag.TLS_FAILURE
     if isinstance(error, PeerError):

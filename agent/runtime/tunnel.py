@@ -94,7 +94,7 @@ class Tunnel:
         self._windowless: dict[TunnelStream, None] = {}
         """Streams that wait for a window."""
         self._scope = trio.CancelScope()
-        self._fault: WireError | OSError | None = None
+        self.fault: WireError | OSError | None = None
         """What ended the tunnel, if it was not in order."""
         self._transmitting = False
         """`_transmit_all` will be called at the end of this round."""
@@ -317,18 +317,18 @@ class Tunnel:
     async def run(self) -> None:
         """Serve the tunnel until either side ends it. Cancelled: says GOAWAY and closes."""
         try:
-            with self._scope:
+            with self._scope, self._channel.watched(self._end):
                 # What followed the handshake in the same segment is here already.
                 self._guarded(self._process)
                 self._accelerate()
                 self.reactor.add(self._sock.fileno(), self._on_socket, writing=True)
                 await self._keep_alive()
             code = ErrorCodes.NO_ERROR
-            if self._fault is not None:
-                self._farewell.reason = str(self._fault)
-                log.info("tunnel with %s ended: %s", self._peer_name(), self._fault)
-                if isinstance(self._fault, PeerError):
-                    code = self._fault.error_code
+            if self.fault is not None:
+                self._farewell.reason = str(self.fault)
+                log.info("tunnel with %s ended: %s", self._peer_name(), self.fault)
+                if isinstance(self.fault, PeerError):
+                    code = self.fault.error_code
             self._say_goodbye(code)
         except trio.Cancelled:
             self._farewell.reason = "the agent is shutting down"
@@ -373,7 +373,7 @@ class Tunnel:
             self.close("internal error")
 
     def _end(self, fault: WireError | OSError) -> None:
-        self._fault = fault
+        self.fault = fault
         self._ending = True
         self._scope.cancel()
 

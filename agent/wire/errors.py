@@ -20,6 +20,13 @@ class TlsError(WireError):
     """The TLS handshake or a TLS record failed."""
 
 
+class RevokedError(TlsError):
+    """A certificate of the peer's chain is in a revocation list."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("cert-revoked", what)
+
+
 class PeerError(WireError):
     """The peer broke HTTP/2's rules or a limit of ours; the connection must end."""
 

@@ -9,8 +9,10 @@ peer plays (clientAuth or serverAuth). What this file adds:
 - A client wants any SPIFFE id of the server's to equal one that it allows.
   The allowed set differs from dial to dial while the context is shared, so
   it travels as the connection's `Expectation`.
+- Both look the peer's chain up in revocation lists, where there are any
+  (crl.py).
 
-Both run inside OpenSSL's verify callback: a refusal reaches the peer as a
+All run inside OpenSSL's verify callback: a refusal reaches the peer as a
 TLS alert, and no application byte was exchanged. Sessions are never resumed:
 a resumed one skips the chain check.
 """
@@ -27,6 +29,8 @@ from OpenSSL import SSL, crypto
 
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.traffic import Reporter
+from meshbpf.agent.wire.crl import Issuer, Revocations, Standing, links_of
 from meshbpf.agent.wire.errors import TlsError
 
 if TYPE_CHECKING:
@@ -58,6 +62,12 @@ class Expectation:
     """The first SPIFFE id of the peer's certificate, once it was accepted."""
     refusal: str = field(default="", init=False)
     """Why the peer's certificate was not accepted."""
+    revoked: bool = field(default=False, init=False)
+    """It was refused because a revocation list has it."""
+    standing: Standing | None = field(default=None, init=False)
+    """What may be revoked later; None without revocation lists."""
+    chain: list[Issuer] = field(default_factory=list, init=False)
+    """The CAs verified so far, from the anchor down; kept where there are revocation lists."""
 
     def judge(self, certificate: x509.Certificate) -> bool:
         """Whether the peer's certificate, whose chain holds already, is one we talk to."""
@@ -89,30 +99,47 @@ class WorkloadTls:
     not_after: datetime
 
 
-def workload_tls(chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes) -> WorkloadTls:
+def workload_tls(
+    chain_pem: bytes,
+    key: EllipticCurvePrivateKey,
+    roots_pem: bytes,
+    revocations: Revocations | None = None,
+) -> WorkloadTls:
     """Both contexts for the certificate at the head of `chain_pem`."""
     leaf, _ = _chain(chain_pem)
     return WorkloadTls(
         identity=_own_identity(leaf),
-        server=server_context(chain_pem, key, roots_pem),
-        client=client_context(chain_pem, key, roots_pem),
+        server=server_context(chain_pem, key, roots_pem, revocations),
+        client=client_context(chain_pem, key, roots_pem, revocations),
         not_before=leaf.not_valid_before_utc,
         not_after=leaf.not_valid_after_utc,
     )
 
 
-def server_context(chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes) -> SSL.Context:
+def server_context(
+    chain_pem: bytes,
+    key: EllipticCurvePrivateKey,
+    roots_pem: bytes,
+    revocations: Revocations | None = None,
+) -> SSL.Context:
     """A context that serves HBONE; clients must prove an id of the same trust domain."""
     context = _context(chain_pem, key, roots_pem)
-    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _verify)
+    verifier = _Verifier(Reporter.DESTINATION, revocations)
+    context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, verifier)
     context.set_alpn_select_callback(_select_alpn)
     return context
 
 
-def client_context(chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes) -> SSL.Context:
+def client_context(
+    chain_pem: bytes,
+    key: EllipticCurvePrivateKey,
+    roots_pem: bytes,
+    revocations: Revocations | None = None,
+) -> SSL.Context:
     """A context that dials HBONE; whom to expect is said for each connection."""
     context = _context(chain_pem, key, roots_pem)
-    context.set_verify(SSL.VERIFY_PEER, _verify)
+    verifier = _Verifier(Reporter.SOURCE, revocations)
+    context.set_verify(SSL.VERIFY_PEER, verifier)
     context.set_alpn_protos([ALPN_H2])
     return context
 
@@ -161,18 +188,63 @@ def _context(chain_pem: bytes, key: EllipticCurvePrivateKey, roots_pem: bytes) -
     return context
 
 
-def _verify(
-    connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, ok: int
-) -> bool:
-    """OpenSSL's verify callback. True would clear an error, so `ok` decides first."""
-    expectation = connection.get_app_data()
-    if not isinstance(expectation, Expectation):
-        return False
-    if not ok:
-        reason = _REASONS.get(error, f"X.509 error {error}")
-        expectation.refusal = f"the peer's certificate does not verify: {reason}, depth {depth}"
-        return False
-    return depth > 0 or expectation.judge(certificate.to_cryptography())
+@dataclass(frozen=True, slots=True)
+class _Verifier:
+    """OpenSSL's verify callback: called for each certificate from the anchor down to the leaf."""
+
+    reporter: Reporter
+    """Which end of the connection we are."""
+    revocations: Revocations | None
+
+    def __call__(
+        self,
+        connection: SSL.Connection,
+        certificate: crypto.X509,
+        error: int,
+        depth: int,
+        ok: int,
+    ) -> bool:
+        """True would clear an error, so `ok` decides first."""
+        expectation = connection.get_app_data()
+        if not isinstance(expectation, Expectation):
+            return False
+        if not ok:
+            reason = _REASONS.get(error, f"X.509 error {error}")
+            expectation.refusal = f"the peer's certificate does not verify: {reason}, depth {depth}"
+            return False
+        if depth > 0:
+            if self.revocations is not None:
+                self._note(expectation, certificate, self.revocations)
+            return True
+        leaf = certificate.to_cryptography()
+        if self.revocations is not None and not self._stands(expectation, leaf, self.revocations):
+            return False
+        return expectation.judge(leaf)
+
+    def _note(
+        self, expectation: Expectation, certificate: crypto.X509, revocations: Revocations
+    ) -> None:
+        try:
+            expectation.chain.append(Issuer.of(certificate.to_cryptography()))
+        except (ValueError, x509.InvalidVersion):
+            # OpenSSL can read it, and found it good. What is below it has an issuer
+            # whose key we do not have: its status is unknown, which is let pass.
+            expectation.chain.clear()
+            revocations.untracked[self.reporter] += 1
+
+    def _stands(
+        self, expectation: Expectation, leaf: x509.Certificate, revocations: Revocations
+    ) -> bool:
+        links = links_of(leaf, expectation.chain[::-1])
+        peer = next(map(str, spiffe_ids(leaf)), f"serial {leaf.serial_number:x}")
+        expectation.chain.clear()
+        standing = Standing(revocations, self.reporter, peer, links)
+        if not revocations.accepts(standing):
+            expectation.refusal = f"a certificate in the chain of {peer} was revoked"
+            expectation.revoked = True
+            return False
+        expectation.standing = standing
+        return True
 
 
 def _select_alpn(_connection: SSL.Connection, offered: Sequence[bytes]) -> bytes:

@@ -9,11 +9,13 @@ buffer.
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 
 from OpenSSL import SSL
 
 from meshbpf.agent.core.identity import SpiffeId
-from meshbpf.agent.wire.errors import TlsError, UsageError
+from meshbpf.agent.wire.crl import End
+from meshbpf.agent.wire.errors import RevokedError, TlsError, UsageError
 from meshbpf.agent.wire.records import DirectRecords, records_for
 from meshbpf.agent.wire.tls import Expectation
 
@@ -42,6 +44,11 @@ class TlsChannel:
         if peer is None:
             raise UsageError("the TLS handshake is not done yet")
         return peer
+
+    def watched(self, end: End) -> AbstractContextManager[None]:
+        """For the time of the block, call `end` once the peer's chain is revoked."""
+        standing = self._expectation.standing
+        return nullcontext() if standing is None else standing.watched(end)
 
     def handshake(self) -> bool:
         """Go on with the handshake; True once it is done.
@@ -127,6 +134,8 @@ class TlsChannel:
 
     def _fault(self, when: str, error: SSL.Error) -> TlsError:
         reason = self._expectation.refusal or _openssl_reason(error)
+        if self._expectation.revoked:
+            return RevokedError(f"TLS {when} failed: {reason}")
         return TlsError(f"tls-{when}", f"TLS {when} failed: {reason}")
 
 

@@ -139,7 +139,7 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--ca-name", "istiod", "--token-file", "/etc/token", "--cluster-id", "east"),
         *("--cri-socket", "/run/cri", "--account-wait", "2s"),
         *("--no-dns", "--cluster-domain", "k8s.example"),
-        *("--same-node", "hbone", "--pod-connections", "900"),
+        *("--crl-dir", "/etc/meshbpf/crl", "--same-node", "hbone", "--pod-connections", "900"),
         *("--termination-deadline", "3s", "--reload-deadline", "1h"),
     )
     assert (settings.pod_connections, settings.same_node) == (900, "hbone")
@@ -159,6 +159,7 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [str(cidr) for cidr in settings.exempt.cidrs] == ["198.51.100.0/24"]
     assert settings.exempt.interfaces == {"eth1"}
     assert settings.probe_cgroups == (Path("/sys/fs/cgroup/a"),)
+    assert settings.crl_dir == Path("/etc/meshbpf/crl")
     assert (settings.cert_ttl_s, settings.lease_s) == (7200.0, 300.0)
     assert (settings.heartbeat_limit_s, settings.readiness_port) == (0.75, 15121)
     assert (settings.admin_port, settings.admin_open, settings.stats_port) == (0, True, 15120)

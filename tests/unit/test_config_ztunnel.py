@@ -34,6 +34,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
         ("AUTH_TOKEN", "/var/run/token", "token-file", Path("/var/run/token")),
         ("SECRET_TTL", "24h", "cert-ttl", 86400.0),
         ("SECRET_TTL", "1h30m0s", "cert-ttl", 5400.0),
+        ("CRL_PATH", "/etc/crl.pem", "crl-dir", Path("/etc/crl.pem")),
         ("CONNECTION_TERMINATION_DEADLINE", "7s", "termination-deadline", 7.0),
         ("ISTIO_META_DNS_CAPTURE", "true", "dns", True),
         ("LOG_FORMAT", "json", "log-format", "json"),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import trio
+from cryptography import x509
 
 from meshbpf.agent.core import ca
 from meshbpf.agent.core.address import IPAddress, parse_ip
@@ -30,7 +31,9 @@ from meshbpf.agent.datapath.steering import Role
 from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.forwarder import Forwarder, LocalPod
 from meshbpf.agent.runtime.sockets import prepare
+from meshbpf.agent.wire.crl import Revocations, read_lists
 from meshbpf.agent.wire.tls import WorkloadTls, workload_tls
+from tests.revoking import crl_pem
 
 CLIENT, CLIENT_2, SERVER = "198.18.0.1", "198.18.0.3", "198.18.0.2"
 CLIENT_6, SERVER_6 = "fd00:6d62::1", "fd00:6d62::2"
@@ -113,6 +116,8 @@ class TestIdentities:
     def __init__(self) -> None:
         self.authority = ca.create("cluster.local", datetime.now(UTC) - timedelta(hours=1))
         self.issued: dict[SpiffeId, WorkloadTls] = {}
+        self.serials: dict[SpiffeId, int] = {}
+        self.revocations = Revocations()
 
     def renew(self) -> None:
         self.issued.clear()
@@ -123,8 +128,17 @@ class TestIdentities:
             chain = self.authority.issue(
                 identity, key.public_key(), now - timedelta(minutes=1), now + timedelta(hours=1)
             )
-            self.issued[identity] = workload_tls(chain, key, self.authority.roots_pem)
+            self.serials[identity] = x509.load_pem_x509_certificate(chain).serial_number
+            self.issued[identity] = workload_tls(
+                chain, key, self.authority.roots_pem, self.revocations
+            )
         return self.issued[identity]
+
+    def revoke(self, *identities: SpiffeId) -> int:
+        """A list of the newest certificates of these comes in; how many tunnels it ended."""
+        serials = [self.serials[identity] for identity in identities]
+        content = crl_pem(self.authority.issuer, self.authority.key, *serials)
+        return self.revocations.replace(read_lists(content, "rig"))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from meshbpf.agent.core.traffic import (
     parse_baggage,
 )
 from meshbpf.agent.runtime.telemetry import flag_of
-from meshbpf.agent.wire.errors import PeerError, TlsError
+from meshbpf.agent.wire.errors import PeerError, RevokedError, TlsError
 from tests.unit.telemetry import samples
 
 pytestmark = pytest.mark.compat
@@ -154,6 +154,8 @@ def test_the_service_of_an_inbound_connection_is_guessed_as_ztunnel_does() -> No
         (MeshbpfError("certificate-expired", ""), ResponseFlag.IDENTITY_ERROR),
         (IdentityError("x"), ResponseFlag.IDENTITY_ERROR),
         (TlsError("tls-handshake", ""), ResponseFlag.TLS_FAILURE),
+        (RevokedError(""), ResponseFlag.CERT_REVOKED),
+        (MeshbpfError("cert-revoked", ""), ResponseFlag.CERT_REVOKED),
         (PeerError(ErrorCodes.PROTOCOL_ERROR, ""), ResponseFlag.H2_HANDSHAKE_FAILURE),
         (ConnectionResetError(), ResponseFlag.CONNECT),
     ],
