@@ -257,7 +257,7 @@ class TunnelStream:
         try:
             sent = app.send(views[0]) if len(views) == 1 else app.sendmsg(views)
         except BlockingIOError:
-            sent = 0
+            self.settle(views, size, 0, None)
         except OSError as error:
             self.settle(views, size, 0, error)
         else:
