@@ -121,6 +121,11 @@ class ApiServer:
         self.oldest = self.version
         self.history.clear()
 
+    @property
+    def watched(self) -> bool:
+        """Whether a watch is open: what was accepted a moment ago may not be yet."""
+        return bool(self._watches)
+
     def end_watches(self) -> None:
         """Cut every watch in the middle of its stream."""
         for scope in self._watches:

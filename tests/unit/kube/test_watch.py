@@ -94,6 +94,7 @@ async def test_gone_lists_anew_and_forgets_what_went_meanwhile(tmp_path: Path) -
             server.objects.pop(("Pod", "shop", "goes"))
             server.version += 50
             server.compact()
+            await until(lambda: server.watched)
             server.end_watches()
             await until(lambda: names(watcher) == ["stays"])
             assert watcher.relists == 2
@@ -107,6 +108,7 @@ async def test_a_cut_stream_is_taken_up_where_it_was_without_a_list(tmp_path: Pa
         # Half an event, and then the connection dies.
         server.say("Pod", b'{"type": "ADDED", "object": {"metadata": {"name": "half"')
         await trio.sleep(0.1)
+        await until(lambda: server.watched)
         server.end_watches()
         server.put(pod("b"))
         await until(lambda: names(watcher) == ["a", "b"])
@@ -137,6 +139,7 @@ async def test_bookmarks_move_the_place_from_which_a_watch_goes_on(tmp_path: Pat
         server.bookmark("Pod")
         await until(lambda: watcher.events == 1)
         server.compact()  # all but the bookmark's version is too old now
+        await until(lambda: server.watched)
         server.end_watches()
         await until(lambda: server.count(PATH, watch=True) == 2)
         server.put(pod("a"))
@@ -232,6 +235,7 @@ async def test_a_renewed_token_is_used_and_an_expired_one_is_waited_out(tmp_path
             await until(watcher.synced.is_set)
             # The server takes the old one no more, and the kubelet has not renewed it yet.
             server.tokens = {"two"}
+            await until(lambda: server.watched)
             server.end_watches()
             await until(lambda: watcher.error is not None)
             token.write_text("two\n")
