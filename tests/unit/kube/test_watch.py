@@ -232,10 +232,9 @@ async def test_a_renewed_token_is_used_and_an_expired_one_is_waited_out(tmp_path
     async with running(tmp_path) as server:
         server.tokens = {"one"}
         async with following(server, token_file=token) as watcher:
-            await until(watcher.synced.is_set)
+            await until(lambda: server.watched)
             # The server takes the old one no more, and the kubelet has not renewed it yet.
             server.tokens = {"two"}
-            await until(lambda: server.watched)
             server.end_watches()
             await until(lambda: watcher.error is not None)
             token.write_text("two\n")
