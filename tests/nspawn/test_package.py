@@ -131,6 +131,7 @@ def test_the_package_brings_pages_completions_and_its_licence(machine: Node) -> 
     assert found.stdout == ""
 
 
+@pytest.mark.slow
 def test_nothing_is_written_into_the_package_by_running_it(node: Node) -> None:
     node.systemctl("restart", "meshbpf.service")
     node.run("meshbpf", "status")

@@ -74,6 +74,7 @@ def test_a_restart_refuses_no_connection(node: Node) -> None:
     assert all(stream.blocks for stream in report.direct)
 
 
+@pytest.mark.slow
 def test_a_reload_ends_no_connection_and_refuses_none(node: Node) -> None:
     """The service is another process afterwards, and the old one ends with its streams."""
     drop_in(node, "[Service]\nWatchdogSec=3s\n")
@@ -126,6 +127,7 @@ def processes(node: Node) -> list[int]:
     return [int(pid) for pid in node.shell(f"{command} 2>/dev/null || true").split()]
 
 
+@pytest.mark.slow
 def test_a_stop_applies_the_fail_mode_at_once(node: Node) -> None:
     node.systemctl("stop", "meshbpf.service")
     assert node.property("NFileDescriptorStore") == "0"
