@@ -195,10 +195,11 @@ def test_the_watchdog_replaces_an_agent_that_hangs(node: Node) -> None:
     assert dial(node) == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        pytest.param(*("mesh.yaml", "workloads: [{}]\n", "mesh.yaml:1"), marks=pytest.mark.slow),
+        ("mesh.yaml", "workloads: [{}]\n", "mesh.yaml:1"),
         ("config.yaml", "lease: soon\n", "config.yaml:1: lease"),
     ],
 )
