@@ -6,7 +6,7 @@ PY := .venv/bin/python
 export ZTUNNEL ZTUNNEL_CA H2SPEC ISTIOCTL K8S_BIN
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup demo test lint types unit bpf netns containerd peers interop slow cni cni-test deb nspawn bench bench-quick bench-attach bench-scale bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store helm-lint image
+.PHONY: help ready setup demo test lint types unit bpf netns containerd peers interop slow cni cni-test deb nspawn bench bench-quick bench-attach bench-scale bench-waypoint fresh-test check protos vagrant-up vagrant-scenarios vagrant-down vagrant-test clean bench-store helm-lint image soak
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -89,6 +89,10 @@ bench: ready  ## throughput, latency, connection rate; with ZTUNNEL=PATH side by
 
 bench-quick: ready  ## nine ratios to no mesh in less than a minute, one JSON object on the last line
 	@$(PY) -m tests.bench.quick
+
+SECONDS ?= 600
+soak:  ## ten minutes of churn (SECONDS=N for less), after which nothing may have grown
+	@$(PY) -m tests.soak --seconds $(SECONDS)
 
 bench-store:  ## the mesh state at 200,000 workloads: memory, deltas, lookups
 	@$(PY) -m tests.bench.store

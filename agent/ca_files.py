@@ -33,6 +33,8 @@ KEY = "ca-key.pem"
 _MAX_FILE_BYTES = 1024 * 1024
 # The key goes first: O_EXCL on it decides who makes the CA when two try at once.
 _MODES = {KEY: 0o600, CHAIN: 0o644, ROOTS: 0o644}
+NAMES = tuple(_MODES)
+"""All files of a CA."""
 
 
 def init(directory: Path, trust_domain: str, now: datetime) -> CaInfo:

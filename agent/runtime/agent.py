@@ -524,9 +524,7 @@ class Agent:
         if self._source.error is not None:
             found.append(f"mesh state: {self._source.error.what}")
         found.extend(f"mesh state: {text}" for text in self._source.warnings())
-        for cert in self._certificates.describe().certs:
-            if cert.error is not None:
-                found.append(f"certificate of {cert.identity}: {cert.error.what}")
+        found.extend(self._certificates.warnings())
         found.extend(self._crl.warnings() if self._crl else ())
         dropped = self._writer.statistics().dropped
         if dropped:

@@ -142,7 +142,12 @@ class CertificateStore:
             self._drop_unused(held)
 
     def renew_all(self) -> None:
-        """The signer's roots change: do not wait for half-life."""
+        """The signer or its roots change: do not wait for half-life."""
+        if roots_pem := self._issuer.roots_pem:
+            self._follow_roots(roots_pem)
+        self._hurry()
+
+    def _hurry(self) -> None:
         for held in self._held.values():
             held.hurry.set()
 
@@ -203,6 +208,14 @@ class CertificateStore:
     def roots_pem(self) -> bytes:
         """What peers are judged by; empty while no signer has said."""
         return self._roots_pem
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the signer and with single certificates, for `status`."""
+        found = list(self._issuer.warnings())
+        for one in self._held.values():
+            if one.error is not None:
+                found.append(f"certificate of {one.identity}: {one.error.what}")
+        return found
 
     def statistics(self) -> CertificateStatistics:
         """Counters since the start."""
@@ -303,7 +316,7 @@ class CertificateStore:
         for held in self._held.values():
             if held.key is not None:
                 held.tls = workload_tls(held.chain_pem, held.key, roots_pem, self._revocations)
-        self.renew_all()
+        self._hurry()
 
     def _retry_pause_s(self, failures: int, held: _Held) -> float:
         pause_s = min(RETRY_LAST_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 16))

@@ -12,7 +12,6 @@ from typing import Protocol
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from meshbpf.agent.core.ca import CertificateAuthority, new_key
 from meshbpf.agent.core.identity import SpiffeId
 
 AT_ONCE = 8
@@ -41,36 +40,13 @@ class Issuer(Protocol):
         """The newest bundle; empty until the first certificate where the signer sends it along."""
 
     async def run(self, renew_all: Callable[[], None]) -> None:
-        """What must go on meanwhile; calls `renew_all` when the signer's roots change."""
+        """What must go on meanwhile; calls `renew_all` when the signer or its roots change."""
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with the signer while the one before serves on, for `status`."""
 
     async def issue(self, identity: SpiffeId, not_before: datetime, not_after: datetime) -> Issued:
         """A certificate and its key; the signer may grant less time. Raises MeshbpfError."""
-
-
-class EmbeddedIssuer:
-    """An `Issuer` over a CA in this process."""
-
-    remote = False
-
-    def __init__(self, authority: CertificateAuthority) -> None:
-        self._authority = authority
-        self._roots_pem = authority.roots_pem
-
-    @property
-    def roots_pem(self) -> bytes:
-        """The trust bundle."""
-        return self._roots_pem
-
-    async def run(self, renew_all: Callable[[], None]) -> None:
-        """The CA changes with the process alone."""
-        await trio.lowlevel.checkpoint()
-
-    async def issue(self, identity: SpiffeId, not_before: datetime, not_after: datetime) -> Issued:
-        """Takes well under a millisecond with a P-256 CA."""
-        await trio.lowlevel.checkpoint()
-        key = new_key()
-        chain = self._authority.issue(identity, key.public_key(), not_before, not_after)
-        return Issued(chain, key, self._roots_pem)
 
 
 class Priority(IntEnum):

@@ -8,9 +8,9 @@ then.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 
 import trio
 
@@ -19,6 +19,7 @@ from meshbpf.agent.core.csr import check_answer, check_roots, signing_request
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.runtime.control_plane import SYSTEM_ROOTS, ControlPlane
+from meshbpf.agent.runtime.file_signature import Signature, signature_of
 from meshbpf.agent.runtime.grpc_client import Channel
 from meshbpf.agent.runtime.issuing import Issued
 from meshbpf.agent.runtime.logs import Log
@@ -69,6 +70,10 @@ class IstiodIssuer:
                     self._retire()
                     renew_all()
 
+    def warnings(self) -> tuple[str, ...]:
+        """There are none: what istiod refuses is told by identity."""
+        return ()
+
     async def issue(self, identity: SpiffeId, not_before: datetime, not_after: datetime) -> Issued:
         """Ask istiod; it decides over the beginning and may grant less time."""
         key = new_key()
@@ -118,14 +123,10 @@ class IstiodIssuer:
         self._retired = trio.Event()
         self._channel = None
 
-    def _signature(self) -> tuple[int, int, int] | None:
+    def _signature(self) -> Signature | None:
         if self._plane.root == SYSTEM_ROOTS:
             return None
-        try:
-            found = os.stat(self._plane.root)
-        except OSError:
-            return None  # a projected volume is being replaced
-        return (found.st_ino, found.st_size, found.st_mtime_ns)
+        return signature_of(Path(self._plane.root))  # None while a projected volume is replaced
 
 
 def _hint(error: GrpcError) -> str:

@@ -16,6 +16,7 @@ import msgspec
 import trio
 
 from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.runtime.file_signature import Signature
 from meshbpf.agent.runtime.kube_config import ExecPlugin, KubeConfig
 
 EXEC_LIMIT_S = 30.0
@@ -44,7 +45,7 @@ class Credentials:
         self._now = now
         self._held = ""
         self._until: datetime | None = None
-        self._signature: tuple[int, int, int] | None = None
+        self._signature: Signature | None = None
         self._asking = trio.Lock()
 
     async def token(self) -> str | None:
@@ -65,8 +66,7 @@ class Credentials:
 
     def _of_file(self, path: Path) -> str:
         try:
-            found = os.stat(path)
-            signature = (found.st_ino, found.st_size, found.st_mtime_ns)
+            signature = Signature.of(path.stat())
             if signature != self._signature:
                 self._held = path.read_text().strip()
                 self._signature = signature

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from meshbpf.agent.core.errors import ConfigError
+from meshbpf.agent.runtime.file_signature import Signature
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_BYTES = 256 * 1024 * 1024
@@ -20,27 +21,18 @@ MAX_BYTES = 256 * 1024 * 1024
 MAX_FILES = 20_000
 CODE = "unreadable-manifests"
 
-Signature = tuple[int, int, int, int]
-"""Device, inode, size and mtime: whether it is the same content."""
-
 
 def look(directory: Path) -> dict[str, Signature]:
     """The files by path below `directory`, in order. Raises OSError when it cannot be listed."""
     found: dict[str, Signature] = {}
     for path in _files(directory):
         try:
-            seen = path.stat()
+            found[str(path.relative_to(directory))] = Signature.of(path.stat())
         except FileNotFoundError:
             continue  # gone between the two calls
-        found[str(path.relative_to(directory))] = (
-            seen.st_dev,
-            seen.st_ino,
-            seen.st_size,
-            seen.st_mtime_ns,
-        )
         if len(found) > MAX_FILES:
             raise ConfigError(CODE, f"{directory} has more than {MAX_FILES} manifest files")
-    if sum(signature[2] for signature in found.values()) > MAX_BYTES:
+    if sum(signature.size for signature in found.values()) > MAX_BYTES:
         raise ConfigError(CODE, f"the manifests in {directory} are larger than {MAX_BYTES} bytes")
     return dict(sorted(found.items()))
 

@@ -1,11 +1,10 @@
 """Mesh state from a directory of Kubernetes and Istio manifests, read again when it changes.
 
-A change is believed as in state_source.py: once every file has stood still
-for SETTLE_S, and only if all are the same after the read as before; only the
-files that changed are parsed again. A file that is no manifest any more keeps
-its last good objects, and an object that cannot be read keeps its last good
-form; both are told by name, field and reason. At the start there is no last
-good form, and a bad directory is refused.
+A change is believed once all files together have stood still
+(file_signature.py); only the files that changed are parsed again. A file that
+is no manifest any more keeps its last good objects, and an object that cannot
+be read keeps its last good form; both are told by name, field and reason. At
+the start there is no last good form, and a bad directory is refused.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ from meshbpf.agent.core.objects import KubeObject, ObjectKey, ObjectSet
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.runtime import manifest_files
 from meshbpf.agent.runtime.certs import utc_now
+from meshbpf.agent.runtime.file_signature import Signature, read_when_still
 from meshbpf.agent.runtime.logs import Log
-from meshbpf.agent.runtime.manifest_files import Signature
 from meshbpf.agent.runtime.mesh_source import MeshWriter, SourceStatistics
 
 POLL_S = 0.3
-SETTLE_S = 0.15
 TOLD_MOST = 20
 """Problems that are logged and shown; beyond, their number is."""
 
@@ -133,15 +131,12 @@ class ManifestSource:
         return SourceStatistics(self._loads, self._refused)
 
     async def _reload(self, files: Files, mesh: MeshWriter) -> None:
-        await trio.sleep(SETTLE_S)
-        if not await self._same(files):
-            return  # being written: look again at the next poll
         read_at = self._now()
         before = self._seen or {}
         changed = [name for name in files if before.get(name) != files[name]]
         errors: dict[str, ConfigError] = {}
-        texts = await trio.to_thread.run_sync(self._read, changed, errors)
-        if not await self._same(files):
+        texts = await read_when_still(self._look, files, lambda: self._read(changed, errors))
+        if texts is None:
             return
         self._seen = files
         await trio.to_thread.run_sync(self._parse, files, texts)
@@ -169,11 +164,11 @@ class ManifestSource:
         for warning in warnings[1:] if self.error else warnings:
             log.warning("mesh manifests", problem=warning)
 
-    async def _same(self, files: Files) -> bool:
+    def _look(self) -> Files | None:
         try:
-            return files == await trio.to_thread.run_sync(manifest_files.look, self._path)
+            return manifest_files.look(self._path)
         except (OSError, ConfigError):
-            return False  # the next poll tells
+            return None  # the next poll tells
 
     def _read(self, names: list[str], errors: dict[str, ConfigError]) -> dict[str, str]:
         texts: dict[str, str] = {}

@@ -1,9 +1,8 @@
 """Revocation lists from files, read again whenever they change.
 
 A place is a folder, each file of which holds lists, or one file (ztunnel's
-CRL_PATH). It is polled and not watched by inotify, for the reasons that
-`state_source.py` has, and with its care: what changes is believed once it has
-stood still for SETTLE_S, and only if it is the same after the read as before.
+CRL_PATH). What changes is believed once all of it has stood still
+(file_signature.py).
 
 What goes wrong never takes away what is known: a file that is bad, or a
 folder that cannot be read, leaves the lists of before in force, and is told in
@@ -18,6 +17,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -25,18 +25,16 @@ import trio
 from meshbpf.agent.core.errors import ConfigError
 from meshbpf.agent.core.traffic import Reporter
 from meshbpf.agent.runtime.exposition import Family, Kind, labelled
+from meshbpf.agent.runtime.file_signature import Signature, read_when_still
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.wire.crl import RevocationList, Revocations, read_lists
 
 POLL_S = 2.0
 """ztunnel gathers changes for as long."""
-SETTLE_S = 0.15
 MAX_BYTES = 64 * 1024 * 1024
 """Some two million entries; a file beyond this is a mistake."""
 
 log = Log("crl")
-
-Signature = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +68,8 @@ class RevocationSource:
             seen = await trio.to_thread.run_sync(self._look)
             if seen == self._seen:
                 continue
-            await trio.sleep(SETTLE_S)
-            if await trio.to_thread.run_sync(self._look) != seen:
-                continue  # being written: look again at the next poll
-            read = await trio.to_thread.run_sync(self._read, seen)
-            if await trio.to_thread.run_sync(self._look) == seen:
+            read = await read_when_still(self._look, seen, partial(self._read, seen))
+            if read is not None:
                 self._apply(seen, read)
 
     def warnings(self) -> list[str]:
@@ -106,7 +101,7 @@ class RevocationSource:
         try:
             found = os.stat(self._path)
             if not stat.S_ISDIR(found.st_mode):
-                return _Seen({self._path: _signature(found)})
+                return _Seen({self._path: Signature.of(found)})
             files = {}
             for name in sorted(os.listdir(self._path)):
                 path = self._path / name
@@ -161,17 +156,13 @@ class RevocationSource:
         log.error("revocation lists not read, those of before stay", cause=error)
 
 
-def _signature(found: os.stat_result) -> Signature:
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
 def _signature_of(path: Path) -> Signature | None:
     """None for what is no file. One that cannot be looked at will say so when it is read."""
     try:
         found = os.stat(path)
     except OSError:
-        return (0, 0, 0, 0)
-    return _signature(found) if stat.S_ISREG(found.st_mode) else None
+        return Signature(0, 0, 0, 0)
+    return Signature.of(found) if stat.S_ISREG(found.st_mode) else None
 
 
 def _content(path: Path) -> bytes:

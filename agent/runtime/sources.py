@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from meshbpf.agent import ca_files
 from meshbpf.agent.config import Settings, control_plane_address
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.control_plane import ControlPlane
-from meshbpf.agent.runtime.issuing import EmbeddedIssuer, Issuer
+from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
+from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.istiod_issuer import IstiodIssuer
 from meshbpf.agent.runtime.xds_source import XdsSource
 from meshbpf.agent.wire import xds
@@ -31,8 +31,8 @@ def issuer(settings: Settings, environ: Mapping[str, str]) -> tuple[Issuer, str]
     Raises MeshbpfError when the embedded CA cannot be loaded.
     """
     if settings.ca_dir is not None:
-        authority = ca_files.load(settings.ca_dir)
-        return EmbeddedIssuer(authority), authority.trust_domain or ""
+        embedded = EmbeddedIssuer(settings.ca_dir)
+        return embedded, embedded.trust_domain
     plane = _plane(
         settings, settings.ca, settings.ca_root, settings.ca_name, _headers(environ, _CA_HEADER)
     )

@@ -1,13 +1,6 @@
 """Mesh state from a file, read again whenever it changes.
 
-What the file system promises: an atomic rename shows a new inode; a writer
-that overwrites in place shows a size and an mtime that move while it writes,
-and in between the content may be cut at a place where it is still good YAML.
-So a change is believed only once device, inode, size and mtime have stood
-still for SETTLE_S, and only if they are the same after the read as before.
-
-Polling and not inotify: it works on every file system (overlay, NFS, a
-mounted ConfigMap's symlink swap), and costs one stat() in POLL_S.
+When a change is believed: file_signature.py.
 
 A file that is wrong is reported and the last good state stays in force.
 Parsing runs in a thread: 10,000 workloads take seconds of it.
@@ -28,17 +21,15 @@ from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.runtime.certs import utc_now
+from meshbpf.agent.runtime.file_signature import Signature, read_when_still, signature_of
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.mesh_source import MeshWriter, SourceStatistics
 
 POLL_S = 0.3
-SETTLE_S = 0.15
 MAX_BYTES = 256 * 1024 * 1024
 """ztunnel takes xDS messages of at most 200 MiB; a file beyond this is a mistake."""
 
 log = Log("state")
-
-Signature = tuple[int, int, int, int]
 
 
 class LocalXdsSource:
@@ -85,7 +76,7 @@ class LocalXdsSource:
 
     def load(self) -> MeshState:
         """The first read, at start: raises ConfigError with line and field."""
-        before = self._signature()
+        before = self._look()
         if before is None:
             raise self._unreadable(self._why_unreadable())
         read_at = self._now()
@@ -105,7 +96,7 @@ class LocalXdsSource:
         task_status.started()
         while True:
             await trio.sleep(POLL_S)
-            found = self._signature()
+            found = self._look()
             if found is None:
                 self._lost()
                 continue
@@ -118,13 +109,10 @@ class LocalXdsSource:
         return SourceStatistics(self._loads, self._refused)
 
     async def _reload(self, found: Signature, mesh: MeshWriter) -> None:
-        await trio.sleep(SETTLE_S)
-        if self._signature() != found:
-            return  # being written: look again at the next poll
         read_at = self._now()
         try:
-            text = await trio.to_thread.run_sync(self._read)
-            if self._signature() != found:
+            text = await read_when_still(self._look, found, self._read)
+            if text is None:
                 return
             self._readable = True
             if found == self._seen:
@@ -146,12 +134,8 @@ class LocalXdsSource:
                 policies=len(state.policies),
             )
 
-    def _signature(self) -> Signature | None:
-        try:
-            found = os.stat(self._path)
-        except OSError:
-            return None
-        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    def _look(self) -> Signature | None:
+        return signature_of(self._path)
 
     def _read(self) -> str:
         try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 
+from meshbpf.agent import ca_files
 from meshbpf.agent.api import CertsRequest
+from meshbpf.agent.core import ca
 from tests.netns.talk import echo, passes
 from tests.progs import server
 from tests.progs.pod import Family
@@ -44,6 +47,48 @@ def test_a_connection_survives_renewal_at_both_ends(short_lived: Testbed, family
         echo(sock)
         # New tunnels take the new ones: no pod of this pair has spoken before.
         passes(bed, bed["n1b"], bed["n2b"].address(family))
+
+
+def _serials(agent: Agent) -> dict[str, str]:
+    certs = agent.ask(CertsRequest()).certs
+    assert certs
+    assert all(one.state in ("valid", "renewing") for one in certs)
+    return {one.identity: one.serial for one in certs}
+
+
+def test_a_ca_is_rotated_under_a_connection_without_a_restart(
+    short_lived: Testbed, family: Family
+) -> None:
+    bed = short_lived
+    old_roots = (bed.ca_dir / ca_files.ROOTS).read_bytes()
+    new = ca.create("cluster.local", datetime.now(UTC))
+    with bed.connect(bed["n1a"], bed["n2a"].address(family), server.ECHO) as sock:
+        echo(sock)
+        for files, roots in (
+            ({ca_files.ROOTS: old_roots + new.roots_pem}, 2),
+            ({ca_files.KEY: new.key_pem, ca_files.CHAIN: new.chain_pem}, 2),
+            ({ca_files.ROOTS: new.roots_pem}, 1),
+        ):
+            before = [_serials(agent) for agent in bed.agents.values()]
+            for name, content in files.items():
+                (bed.ca_dir / name).write_bytes(content)
+            for agent, old in zip(bed.agents.values(), before, strict=True):
+                _wait_for_renewal(agent, old, roots)
+            echo(sock)
+        # A pair that has not spoken: its tunnel is judged by the new root alone.
+        passes(bed, bed["n1a"], bed["n2b"].address(family))
+        echo(sock)
+
+
+def _wait_for_renewal(agent: Agent, before: dict[str, str], roots: int) -> None:
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline:
+        if len(agent.ask(CertsRequest()).roots) == roots:
+            now = _serials(agent)
+            if not before.items() & now.items():
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"{agent.netns} did not follow the CA's folder")
 
 
 def _serials(agent: Agent) -> dict[str, str]:

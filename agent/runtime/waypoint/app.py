@@ -28,8 +28,6 @@ from datetime import timedelta
 import trio
 
 import meshbpf
-from meshbpf.agent import ca_files
-from meshbpf.agent.core.ca import CertificateAuthority
 from meshbpf.agent.core.errors import Exit, MeshbpfError
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.objects import ObjectSet
@@ -38,7 +36,8 @@ from meshbpf.agent.l7.balancer import Balancer
 from meshbpf.agent.l7.planner import Planner
 from meshbpf.agent.runtime import httpd, logs, readiness
 from meshbpf.agent.runtime.certs import CertificateStore
-from meshbpf.agent.runtime.issuing import EmbeddedIssuer
+from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
+from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.manifests import ManifestSource
 from meshbpf.agent.runtime.mesh_source import MeshSource
@@ -73,9 +72,9 @@ def run(settings: WaypointSettings) -> int:
         writer = logs.set_up(settings.log_level, settings.log_format)
         stack.callback(writer.close)
         _raise_descriptor_limit()
-        authority = ca_files.load(settings.ca_dir)
+        issuer = EmbeddedIssuer(settings.ca_dir)
         if not settings.trust_domain:
-            settings = replace(settings, trust_domain=authority.trust_domain or "cluster.local")
+            settings = replace(settings, trust_domain=issuer.trust_domain or "cluster.local")
         if settings.worker is None:
             stack.callback(StateDir.open(settings.state_dir).close)
         source = _source(settings)
@@ -92,7 +91,7 @@ def run(settings: WaypointSettings) -> int:
                 trio.run(
                     _main,
                     settings,
-                    authority,
+                    issuer,
                     source,
                     state,
                     hbone,
@@ -125,7 +124,7 @@ def _open_pages(settings: WaypointSettings) -> workers.PageListeners:
 
 async def _main(
     settings: WaypointSettings,
-    authority: CertificateAuthority,
+    issuer: Issuer,
     source: MeshSource,
     state: MeshState,
     hbone: list[socket.socket],
@@ -136,8 +135,9 @@ async def _main(
             ready = Readiness("certificate", "mesh-state")
             services.start_soon(readiness.serve, pages.readiness, ready)
             certificates = CertificateStore(
-                EmbeddedIssuer(authority), services, ttl=timedelta(seconds=settings.cert_ttl_s)
+                issuer, services, ttl=timedelta(seconds=settings.cert_ttl_s)
             )
+            services.start_soon(issuer.run, certificates.renew_all)
             async with AsyncExitStack() as stack, trio.open_nursery() as work:
                 work.start_soon(_stop_on_signal, signals, work.cancel_scope)
                 extensions = Extensions(settings.namespace, settings.name)

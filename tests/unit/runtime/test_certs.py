@@ -7,16 +7,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from meshbpf.agent import ca_files
 from meshbpf.agent.core import ca
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.runtime.certs import CertificateStore
-from meshbpf.agent.runtime.issuing import EmbeddedIssuer, Issued
+from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
+from meshbpf.agent.runtime.issuing import Issued
 
 START = datetime(2026, 5, 1, tzinfo=UTC)
 TTL = timedelta(hours=1)
@@ -27,8 +31,9 @@ STOCK = SpiffeId("cluster.local", "web", "stock")
 class Issuer(EmbeddedIssuer):
     """The real CA, which can be told to refuse, and notes what it is asked."""
 
-    def __init__(self) -> None:
-        super().__init__(ca.create("cluster.local", START))
+    def __init__(self, folder: Path) -> None:
+        ca_files.init(folder, "cluster.local", START)
+        super().__init__(folder)
         self.refuses = False
         self.issues_for: SpiffeId | None = None
         self.asked: list[tuple[float, SpiffeId]] = []
@@ -52,8 +57,9 @@ class Clock:
 
 @asynccontextmanager
 async def stored(ttl: timedelta = TTL) -> AsyncIterator[tuple[CertificateStore, Issuer]]:
-    issuer, clock = Issuer(), Clock()
     async with trio.open_nursery() as nursery:
+        with TemporaryDirectory() as folder:
+            issuer, clock = Issuer(Path(folder)), Clock()
         yield CertificateStore(issuer, nursery, ttl=ttl, now=clock.now), issuer
         nursery.cancel_scope.cancel()
 

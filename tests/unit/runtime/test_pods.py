@@ -24,9 +24,9 @@ from typing import Any, cast
 import pytest
 import trio
 
+from meshbpf.agent import ca_files
 from meshbpf.agent.api import AttachRequest, AttachResult, PodInfo
 from meshbpf.agent.config import Settings
-from meshbpf.agent.core import ca
 from meshbpf.agent.core.errors import ConfigError, MeshbpfError
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
@@ -44,8 +44,8 @@ from meshbpf.agent.runtime import pods as pods_module
 from meshbpf.agent.runtime import reports
 from meshbpf.agent.runtime.certs import CertificateStore
 from meshbpf.agent.runtime.cri import CriClient
+from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
 from meshbpf.agent.runtime.fd_store import FdStore
-from meshbpf.agent.runtime.issuing import EmbeddedIssuer
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.notify import Notifier
@@ -177,9 +177,10 @@ class Node:
         self.mesh = Snapshot.of(MeshState((workload("a", "shop"), workload("b", "stock"))), 1)
         folder = Path("/nowhere")
         settings = Settings(node="n", state_dir=folder, ca_dir=folder, local_xds=folder)
-        authority = ca.create("cluster.local", datetime.now(UTC))
+        if not (directory / "ca").exists():  # the next agent on it finds it there
+            ca_files.init(directory / "ca", "cluster.local", datetime.now(UTC))
         self.certificates = CertificateStore(
-            EmbeddedIssuer(authority), nursery, ttl=timedelta(hours=1)
+            EmbeddedIssuer(directory / "ca"), nursery, ttl=timedelta(hours=1)
         )
         self.pods = PodManager(
             settings,

@@ -13,7 +13,7 @@ import trio
 
 from meshbpf.agent.core import ca
 from meshbpf.agent.core.traffic import Reporter
-from meshbpf.agent.runtime import revocation
+from meshbpf.agent.runtime import file_signature, revocation
 from meshbpf.agent.runtime.exposition import render
 from meshbpf.agent.runtime.revocation import RevocationSource
 from meshbpf.agent.wire.crl import Issuer, Standing, links_of
@@ -52,7 +52,7 @@ def loaded(path: Path) -> RevocationSource:
 async def watching(path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[RevocationSource]:
     """A source that polls often."""
     monkeypatch.setattr(revocation, "POLL_S", 0.01)
-    monkeypatch.setattr(revocation, "SETTLE_S", 0.01)
+    monkeypatch.setattr(file_signature, "SETTLE_S", 0.01)
     source = loaded(path)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(source.watch)
