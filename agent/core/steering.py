@@ -33,6 +33,11 @@ class PrefixChange:
     claims: Counter[PackedPrefix]
     """By how many the records behind each prefix grow (or shrink)."""
 
+    @property
+    def empty(self) -> bool:
+        """There is nothing to tell the kernel."""
+        return not self.added and not self.removed
+
 
 class MeshPrefixes:
     """The destinations of the mesh, kept up to date delta by delta.

@@ -292,6 +292,8 @@ class ConnectionRegistry:
         """
         cut = 0
         in_force: dict[LocalPod, PolicySet | None] = {}
+        # Of the many connections between two pods policy sees no difference.
+        decisions: dict[tuple[LocalPod, ConnectionFacts], Decision] = {}
         for live in list(self._live.values()):
             if live.facts is None or live.denied:
                 continue
@@ -302,7 +304,9 @@ class ConnectionRegistry:
             policies = in_force[pod]
             if policies is not None and policies is live.judged_by:
                 continue  # nothing that it was judged by has changed
-            decision = decide(pod, live.facts, mesh)
+            case = (pod, live.facts)
+            if (decision := decisions.get(case)) is None:
+                decision = decisions[case] = decide(pod, live.facts, mesh)
             live.judged_by = policies
             if not decision.allowed:
                 live.deny(decision)

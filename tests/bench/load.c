@@ -5,6 +5,7 @@
 //   load stream ADDR PORT SECONDS STREAMS up|down
 //   load rtt    ADDR PORT SECONDS
 //   load rate   ADDR PORT SECONDS CLIENTS
+//   load pace   ADDR PORT SECONDS PER_S
 //
 // A connection's first byte tells the server what it is for:
 //   'S'  sink: answers 'k', swallows bytes until FIN, answers their count (8 bytes, big endian)
@@ -12,6 +13,9 @@
 //   'E'  echo
 //   'C'  one exchange: answers 'c' and closes first, so that TIME_WAIT piles up
 //        on the server's side and the client never runs out of ports
+// `pace` begins so many connections a second whether or not those before have
+// ended, and measures each from when it was due: a stall counts for all that it
+// holds up.
 // Every client mode starts its clock after the first byte has come back: the
 // set-up of a tunnel is measured by `rate` alone. Bytes count where they are
 // received. One JSON object on stdout; exit 1 with a line on stderr otherwise.
@@ -42,6 +46,7 @@ enum {
 	MESSAGE_BYTES = 64,
 	WORKERS = 2,
 	MAX_CLIENTS = 256,
+	PACERS = 32,
 	MAX_SAMPLES = 4 << 20,
 	BACKLOG = 4096,
 	// A read or a write that makes no progress for this long is a failure.
@@ -435,6 +440,55 @@ static int run_rtt(void)
 	return 0;
 }
 
+static struct {
+	uint32_t *samples;
+	uint64_t began_ns, step_ns;
+	int total;
+	_Atomic int next, failed;
+} pace;
+
+static void *keep_pace(void *argument)
+{
+	(void)argument;
+	for (int i; (i = pace.next++) < pace.total;) {
+		uint64_t due = pace.began_ns + i * pace.step_ns;
+		struct timespec when = {due / 1000000000, due % 1000000000};
+		while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &when, NULL) == EINTR)
+			;
+		char answer[2];
+		int fd = dial('C');
+		if (fd < 0 || recv(fd, answer, 1, 0) != 1 || recv(fd, answer + 1, 1, 0) != 0)
+			pace.failed++;
+		if (fd >= 0)
+			close(fd);
+		uint64_t took = now_ns() - due;
+		pace.samples[i] = took > UINT32_MAX ? UINT32_MAX : took;
+	}
+	return NULL;
+}
+
+static int run_pace(int per_s)
+{
+	pthread_t threads[PACERS];
+	pace.total = per_s * run_s;
+	pace.samples = calloc(pace.total + 1, sizeof *pace.samples);
+	if (!pace.samples || !pace.total)
+		die("pace: nothing to do");
+	pace.step_ns = 1000000000 / per_s;
+	pace.began_ns = now_ns();
+	for (int i = 0; i < PACERS; i++)
+		if (pthread_create(&threads[i], NULL, keep_pace, NULL))
+			die("no thread");
+	for (int i = 0; i < PACERS; i++)
+		pthread_join(threads[i], NULL);
+	qsort(pace.samples, pace.total, sizeof *pace.samples, by_value);
+	printf("{\"mode\":\"pace\",\"connections\":%d,\"failed\":%d,\"p50_us\":%.2f,\"p99_us\":%.2f,"
+	       "\"max_us\":%.2f}\n",
+	       pace.total, pace.failed, pace.samples[pace.total / 2] / 1e3,
+	       pace.samples[pace.total * 99 / 100] / 1e3, pace.samples[pace.total - 1] / 1e3);
+	return 0;
+}
+
 static int bounded(const char *text, int most)
 {
 	int value = atoi(text);
@@ -446,7 +500,7 @@ static int bounded(const char *text, int most)
 int main(int argc, char **argv)
 {
 	if (argc < 5)
-		die("usage: load server|stream|rtt|rate ADDR PORT SECONDS [...]");
+		die("usage: load server|stream|rtt|rate|pace ADDR PORT SECONDS [...]");
 	const char *mode = argv[1];
 	resolve(argv[2], argv[3]);
 	if (!strcmp(mode, "server"))
@@ -462,5 +516,7 @@ int main(int argc, char **argv)
 		return run_rtt();
 	if (!strcmp(mode, "rate") && argc == 6)
 		return run_clients("rate", knock, bounded(argv[5], MAX_CLIENTS), 0);
+	if (!strcmp(mode, "pace") && argc == 6)
+		return run_pace(bounded(argv[5], 10000));
 	die("unknown mode or wrong number of arguments: %s", mode);
 }

@@ -3,7 +3,9 @@
     python -m tests.xds.serve DIRECTORY CA-DIR HOST PORT
 
 DIRECTORY/resources/TYPE/NAME holds a resource (the name URL-quoted); token and
-root are written beside, for the agents.
+root are written beside, for the agents. A number in DIRECTORY/churn has so many
+pushes a second made up beside: policies of NAMESPACE, as DIRECTORY/churn-of
+names it, come, change and go, none of which has to do with anybody.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ import trio
 
 from meshbpf.agent import ca_files
 from meshbpf.agent.core.xds import ADDRESS, AUTHORIZATION
+from tests.xds import records
 from tests.xds.istiod import TOKEN, Istiod, serving
 
+CHURNED = 50
+"""Policies that come and go."""
 FOLDERS = {"address": ADDRESS, "authorization": AUTHORIZATION}
 
 
@@ -45,9 +50,33 @@ async def follow(istiod: Istiod) -> None:
             for name, payload in found.items():
                 if known.get(name) != payload:
                     istiod.put(url, name, payload)
-            for name in [name for name in known if name not in found]:
+            for name in [name for name in known if name not in found and "/churn-" not in name]:
                 istiod.drop(url, name)
         await trio.sleep(0.05)
+
+
+async def churn(istiod: Istiod) -> None:
+    """Push policies one by one, as fast as the file says; tell how many in `churned`."""
+    told, count = istiod.directory / "churn", 0
+    while True:
+        rate = float(told.read_text()) if told.exists() else 0.0
+        if not rate:
+            await trio.sleep(0.05)
+            continue
+        namespace = (istiod.directory / "churn-of").read_text()
+        began = trio.current_time()
+        for number in range(round(rate)):
+            await trio.sleep_until(began + number / rate)
+            name = f"churn-{count % CHURNED}"
+            key = f"{namespace}/{name}"
+            if count // CHURNED % 3 == 2:
+                istiod.drop(AUTHORIZATION, key)
+            else:
+                who = f"cluster.local/ns/elsewhere/sa/nobody-{count}"
+                packed = records.policy(name, who, namespace=namespace, action=1)
+                istiod.put(AUTHORIZATION, key, packed)
+            count += 1
+        (istiod.directory / "churned").write_text(str(count))
 
 
 async def main(directory: Path, ca_dir: Path, host: str, port: int) -> None:
@@ -56,7 +85,9 @@ async def main(directory: Path, ca_dir: Path, host: str, port: int) -> None:
     istiod.root_file.write_bytes(istiod.authority.roots_pem)
     async with serving(directory, host=host, istiod=istiod):
         print(json.dumps({"event": "serving"}), flush=True)
-        await follow(istiod)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow, istiod)
+            nursery.start_soon(churn, istiod)
 
 
 if __name__ == "__main__":

@@ -4,59 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 
 import pytest
 
 from meshbpf.agent.api import CertsRequest, StatusRequest
 from tests.netns import talk
-from tests.progs.pod import node_address
-from tests.progs.program import BedError, Program, eventually
+from tests.progs.program import BedError, eventually
 from tests.progs.server import ECHO
-from tests.testbed import SUITE_TAG, Testbed
+from tests.testbed import SUITE_TAG
 from tests.xds import records, serve
-from tests.xds.istiod import NAME
+from tests.xds.controlled import ADDRESS, ControlledBed
 
 pytestmark = pytest.mark.xds
-PORT = 15012
-ADDRESS = f"https://{node_address(1, 4)}:{PORT}"
-
-
-class ControlledBed(Testbed):
-    """A testbed whose agents ask a control plane on node 1 for everything."""
-
-    def __init__(self, tag: str) -> None:
-        super().__init__(tag)
-        self.control = self.directory / "istiod"
-        who = ("--token-file", str(self.control / "token"))
-        root = str(self.control / "root.pem")
-        self.state_options = ("--xds", ADDRESS, "--xds-root", root, "--xds-name", NAME, *who)
-        self.ca_options = ("--ca", ADDRESS, "--ca-root", root, "--ca-name", NAME)
-
-    def tell(self) -> None:
-        """Every pod and its service, as resources."""
-        for pod in self.pods.values():
-            key = f"{pod.namespace}/{pod.hostname}"
-            packed = records.workload(
-                pod.name,
-                pod.ipv4,
-                pod.ipv6,
-                namespace=pod.namespace,
-                service_account=pod.service_account,
-                node=f"node{pod.node}",
-                tunnel_protocol=int(pod.captured),
-                services={key: {ECHO: ECHO}},
-            )
-            serve.write(self.control, "address", records.uid(pod.name, pod.namespace), packed)
-
-    def serve_control(self) -> None:
-        argv = [sys.executable, "-m", "tests.xds.serve", str(self.control), str(self.ca_dir)]
-        program = Program(
-            self.directory, "istiod", self.node_netns(1), [*argv, "0.0.0.0", str(PORT)]
-        )
-        self.servers["istiod"] = program
-        program.wait_event("serving", limit_s=20.0)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +24,7 @@ def bed() -> Iterator[ControlledBed]:
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
     with ControlledBed(f"{SUITE_TAG}xds") as bed:
-        bed.make_ca()
-        bed.control.mkdir()
-        bed.tell()
-        bed.serve_control()
+        bed.prepare()
         bed.start_agents()
         bed.start_servers()
         bed.attach_all()
