@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from meshbpf.agent.core.errors import ConfigError
+from meshbpf.agent.core.tuning import MIB, Keepalive, Tuning
 
 IPNetwork = IPv4Network | IPv6Network
 CaptureName = Literal["auto", "tc"]
@@ -149,6 +150,16 @@ class Settings:
     """Attach the pods of this node that the mesh state enrols, without being asked."""
     pod_connections: int = 0
     """How many connections a pod may have at a time; 0: its share of the descriptors alone."""
+    keepalive: bool = True
+    """This and the next eight: core/tuning.py."""
+    keepalive_time_s: float = 180.0
+    keepalive_interval_s: float = 180.0
+    keepalive_retries: int = 9
+    user_timeout: bool = False
+    stream_window: int = 4 * MIB
+    tunnel_window: int = 16 * MIB
+    tunnel_streams: int = 100
+    tunnel_idle_s: float = 300.0
     termination_deadline_s: float = TERMINATION_DEADLINE_S
     """How long connections may go on after SIGTERM."""
     reload_deadline_s: float = RELOAD_DEADLINE_S
@@ -182,12 +193,39 @@ class Settings:
         _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0, "300ms to 60s")
         _between("account-wait", self.account_wait_s, 0.0, 45.0, "0s to 45s")
         _between("pod-connections", self.pod_connections, 0, 10_000_000, "0 to 10000000")
+        # tcp(7): what the kernel takes, in whole seconds.
+        _between("keepalive-time", self.keepalive_time_s, 1.0, 32767.0, "1s to 32767s")
+        _between("keepalive-interval", self.keepalive_interval_s, 1.0, 32767.0, "1s to 32767s")
+        _between("keepalive-retries", self.keepalive_retries, 1, 127, "1 to 127")
+        # RFC 9113, section 6.9.2: a window below the default would need a peer that has none.
+        _between("stream-window", self.stream_window, 65_535, 2**31 - 1, "65535 to 2147483647")
+        _between("tunnel-window", self.tunnel_window, 65_535, 2**31 - 1, "65535 to 2147483647")
+        _between("tunnel-streams", self.tunnel_streams, 1, 65_535, "1 to 65535")
+        _between("tunnel-idle", self.tunnel_idle_s, 1.0, 7 * _UNIT_S["d"], "1s to 7d")
         _between("termination-deadline", self.termination_deadline_s, 0.0, 3600.0, "0s to 1h")
         _between("reload-deadline", self.reload_deadline_s, 0.0, 7 * _UNIT_S["d"], "0s to 7d")
         _between("readiness-port", self.readiness_port, 1, 65535, "1 to 65535")
         _between("admin-port", self.admin_port, 0, 65535, "0 to 65535")
         _between("stats-port", self.stats_port, 0, 65535, "0 to 65535")
         _between("metrics-grace", self.metrics_grace_s, 0.0, 7 * _UNIT_S["d"], "0s to 7d")
+
+    @property
+    def tuning(self) -> Tuning:
+        """Of sockets and tunnels."""
+        keepalive = Keepalive(
+            self.keepalive,
+            round(self.keepalive_time_s),
+            round(self.keepalive_interval_s),
+            self.keepalive_retries,
+            self.user_timeout,
+        )
+        return Tuning(
+            keepalive,
+            self.stream_window,
+            self.tunnel_window,
+            self.tunnel_streams,
+            self.tunnel_idle_s,
+        )
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Settings:

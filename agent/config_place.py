@@ -14,6 +14,8 @@ from meshbpf.agent.core.errors import ConfigError
 
 DEFAULT_FILE = Path("/etc/meshbpf/config.yaml")
 FILE_VARIABLE = "MESHBPF_CONFIG"
+MESH_FILE = Path("etc/istio/config/mesh")
+"""Istio's mesh configuration, from the working directory: where Istio's images have it."""
 STATE_DIR_VARIABLE = "MESHBPF_STATE_DIR"
 
 

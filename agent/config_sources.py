@@ -102,6 +102,7 @@ def resolve(
         from meshbpf.agent.config_file import read_file
 
         from_file = read_file(path)
+    of_istio, of_mesh = _of_istio(environ)
     defaults = _defaults()
     values: dict[str, Value] = {}
     for key in KEYS:
@@ -115,11 +116,24 @@ def resolve(
                 raise misplaced(origin, key.name, error) from None
         elif (theirs := config_ztunnel.of_environment(key.name, environ)) is not None:
             values[key.name] = theirs
-        elif key.name in from_file:
-            values[key.name] = from_file[key.name]
+        elif (found := _first(key.name, of_istio, from_file, of_mesh)) is not None:
+            values[key.name] = found
         else:
             values[key.name] = Value(defaults[key.field], DEFAULT)
     return Resolved(values, path)
+
+
+def _of_istio(environ: Mapping[str, str]) -> tuple[Mapping[str, Value], Mapping[str, Value]]:
+    """What PROXY_CONFIG and the mesh configuration say; the file stands between the two."""
+    if not environ.get("PROXY_CONFIG") and not config_place.MESH_FILE.exists():
+        return {}, {}  # the most frequent case pays for no YAML
+    from meshbpf.agent import config_mesh
+
+    return config_mesh.of_variable(environ), config_mesh.of_mesh_file()
+
+
+def _first(name: str, *sources: Mapping[str, Value]) -> Value | None:
+    return next((source[name] for source in sources if name in source), None)
 
 
 def _defaults() -> dict[str, Any]:

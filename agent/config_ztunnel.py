@@ -41,6 +41,17 @@ def _text(text: str) -> str:
     return text
 
 
+def url(text: str) -> str:
+    """https:// is what ztunnel puts before an address without a scheme."""
+    return text if "://" in text else f"https://{text}"
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError("bad-type", f"{text!r} is not a whole number")
+    return int(text)
+
+
 def _root(text: str) -> str:
     """A file, or SYSTEM. ztunnel also takes PEM itself."""
     if "-----BEGIN" in text:
@@ -92,15 +103,24 @@ ALIASES: tuple[Alias, ...] = (
     Alias("CLUSTER_DOMAIN", "cluster-domain", _text),
     Alias("LOCAL_XDS_PATH", "local-xds", Path),
     Alias("CLUSTER_ID", "cluster-id", _text),
-    Alias("XDS_ADDRESS", "xds", _text),
+    Alias("XDS_ADDRESS", "xds", url),
     Alias("XDS_ROOT_CA", "xds-root", _root),
     Alias("ALT_XDS_HOSTNAME", "xds-name", _text),
-    Alias("CA_ADDRESS", "ca", _text),
+    Alias("CA_ADDRESS", "ca", url),
     Alias("CA_ROOT_CA", "ca-root", _root),
     Alias("ALT_CA_HOSTNAME", "ca-name", _text),
     Alias("AUTH_TOKEN", "token-file", _token),
     Alias("SECRET_TTL", "cert-ttl", duration_s),
     Alias("CRL_PATH", "crl-dir", Path),
+    Alias("KEEPALIVE_ENABLED", "keepalive", _flag),
+    Alias("KEEPALIVE_TIME", "keepalive-time", duration_s),
+    Alias("KEEPALIVE_INTERVAL", "keepalive-interval", duration_s),
+    Alias("KEEPALIVE_RETRIES", "keepalive-retries", _number),
+    Alias("USER_TIMEOUT_ENABLED", "user-timeout", _flag),
+    Alias("HTTP2_STREAM_WINDOW_SIZE", "stream-window", _number),
+    Alias("HTTP2_CONNECTION_WINDOW_SIZE", "tunnel-window", _number),
+    Alias("POOL_MAX_STREAMS_PER_CONNECTION", "tunnel-streams", _number),
+    Alias("POOL_UNUSED_RELEASE_TIMEOUT", "tunnel-idle", duration_s),
     Alias("CONNECTION_TERMINATION_DEADLINE", "termination-deadline", duration_s),
     Alias("TERMINATION_GRACE_PERIOD_SECONDS", "termination-deadline", grace_s),
     Alias("ISTIO_META_DNS_CAPTURE", "dns", _flag),

@@ -274,14 +274,13 @@ def address_rank(workload: Workload) -> int:
 
 def _best(services: tuple[Service, ...], client_namespace: str | None) -> Service | None:
     best: Service | None = None
+    rank = (False, False)
     for service in services:
-        if client_namespace is not None:
-            if service.namespace == client_namespace:
-                return service
-            if not service.visible_to(client_namespace):
-                continue
-        if best is None or (service.canonical and not best.canonical):
-            best = service
+        if client_namespace is not None and not service.visible_to(client_namespace):
+            continue
+        its = (service.namespace == client_namespace, service.canonical)
+        if best is None or its > rank:
+            best, rank = service, its
     return best
 
 

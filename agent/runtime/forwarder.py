@@ -217,8 +217,8 @@ class Forwarder:
         handler: Callable[[socket.socket], Awaitable[None]],
     ) -> None:
         # Accepted sockets inherit the options of the listener, which saves
-        # six system calls for each of them.
-        prepare(listener)
+        # seven system calls for each of them.
+        prepare(listener, served.pod.tuning.keepalive)
         while True:
             await self.gate.wait_readable(listener)
             for _ in range(_ACCEPT_BATCH):

@@ -126,7 +126,14 @@ class Inbound:
                 guarded, self._serve_stream, tunnel, request, stream, source, listener
             )
 
-        tunnel = Tunnel(sock, channel, self._nursery, server=True, on_request=on_request)
+        tunnel = Tunnel(
+            sock,
+            channel,
+            self._nursery,
+            server=True,
+            on_request=on_request,
+            tuning=self._pod.tuning,
+        )
         tunnel.start()
         if not self._gate.is_open:
             tunnel.drain()  # accepted before the end began

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from meshbpf.agent.core.address import IPAddress
 from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.tuning import ZTUNNELS, Tuning
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.pool import TunnelPool
 from meshbpf.agent.runtime.sockets import SocketFactory
@@ -25,7 +26,11 @@ class LocalPod:
     """The number by which the kernel programs know the pod."""
     cookie: int = 0
     """Of its network namespace: unlike the index, never another pod's."""
-    pool: TunnelPool = field(default_factory=TunnelPool)
+    tuning: Tuning = ZTUNNELS
+    pool: TunnelPool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pool = TunnelPool(self.tuning.tunnel_streams)
 
     @property
     def key(self) -> str:

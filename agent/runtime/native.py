@@ -17,7 +17,7 @@ import select
 import socket
 from typing import TYPE_CHECKING, Any
 
-from meshbpf.agent.runtime.sockets import KEEPALIVE
+from meshbpf.agent.core.tuning import Keepalive
 from meshbpf.agent.wire import records
 
 if TYPE_CHECKING:
@@ -45,10 +45,22 @@ def available() -> bool:
 
 
 def pod_socket(
-    netns_fd: int, family: int, own_sockets_map: int, client: bytes, mark: int
+    netns_fd: int,
+    family: int,
+    own_sockets_map: int,
+    keepalive: Keepalive,
+    client: bytes,
+    mark: int,
 ) -> socket.socket:
     """A prepared socket in a pod's namespace, bound to the packed address `client` unless empty."""
-    fd = _relay.pod_socket(netns_fd, int(family), own_sockets_map, KEEPALIVE, client, mark)
+    options = (
+        keepalive.enabled,
+        keepalive.time_s,
+        keepalive.interval_s,
+        keepalive.retries,
+        keepalive.user_timeout_ms,
+    )
+    fd = _relay.pod_socket(netns_fd, int(family), own_sockets_map, options, client, mark)
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=fd)
 
 

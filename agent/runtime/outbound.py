@@ -269,7 +269,14 @@ class Outbound:
             channel = await shake_hands(
                 sock, tls.client, Expectation(allowed=key.allowed), server=False
             )
-            tunnel = Tunnel(sock, channel, self._nursery, server=False, on_unusable=on_unusable)
+            tunnel = Tunnel(
+                sock,
+                channel,
+                self._nursery,
+                server=False,
+                on_unusable=on_unusable,
+                tuning=self._pod.tuning,
+            )
             tunnel.start()
         except BaseException:
             sock.close()

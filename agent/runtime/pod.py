@@ -16,6 +16,7 @@ import trio
 
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.tuning import Tuning
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import AttachedPod, Steering
 from meshbpf.agent.runtime.attachments import Attachment
@@ -53,6 +54,7 @@ class Pod:
 
     attachment: Attachment
     identity: SpiffeId
+    tuning: Tuning
     reason: str = ""
     """Why it does not work; empty while it does."""
     waiting: bool = False
@@ -112,9 +114,16 @@ class Pod:
             name=self.attachment.name.name,
             service_account=self.attachment.service_account,
             addresses=addresses,
-            sockets=PodSockets(netns, steering.protect, addresses, steering.own_sockets_map),
+            sockets=PodSockets(
+                netns,
+                steering.protect,
+                addresses,
+                steering.own_sockets_map,
+                self.tuning.keepalive,
+            ),
             index=kernel.index,
             cookie=kernel.cookie,
+            tuning=self.tuning,
         )
 
     def update_blocking(self, steering: Steering, wanted: Attachment) -> None:

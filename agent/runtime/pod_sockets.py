@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.tuning import ZTUNNELS, Keepalive
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import STEER_MARK, OnAgentDown, PodSteering, Role
 from meshbpf.agent.runtime import native
@@ -51,10 +52,12 @@ class PodSockets:
         protect: Callable[[socket.socket], None],
         own_addresses: frozenset[IPAddress] = frozenset(),
         own_sockets_map: Callable[[], int] | None = None,
+        keepalive: Keepalive = ZTUNNELS.keepalive,
     ) -> None:
         self._netns = netns
         self._own_sockets_map = own_sockets_map
         self._protect = protect
+        self._keepalive = keepalive
         self.own_addresses = own_addresses
         """The pod's own: a client with one of these is not spoofed."""
 
@@ -133,7 +136,7 @@ class PodSockets:
         if self._own_sockets_map is None or not native.available():
             return None
         return native.pod_socket(
-            self._netns.fd, family, self._own_sockets_map(), client, STEER_MARK
+            self._netns.fd, family, self._own_sockets_map(), self._keepalive, client, STEER_MARK
         )
 
     @contextlib.contextmanager
@@ -144,7 +147,7 @@ class PodSockets:
         sock = self._netns.socket(socket.AddressFamily(family), kind)
         try:
             if kind is socket.SOCK_STREAM:
-                prepare(sock)
+                prepare(sock, self._keepalive)
             sock.setblocking(False)
             self._protect(sock)
             yield sock

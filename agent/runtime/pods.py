@@ -184,7 +184,7 @@ class PodManager:
             for key, attachment in sorted(recorded.items()):
                 waits = attachment.by_name and not attachment.sandbox
                 if attachment.still_there() and not waits:
-                    pod = Pod(attachment, self._identity(attachment))
+                    pod = Pod(attachment, self._identity(attachment), self._settings.tuning)
                     await self._try(pod, "pod taken over")
                 elif attachment.by_name:
                     log.info("pod is not here now, waiting for one of its name", pod=key)
@@ -311,7 +311,7 @@ class PodManager:
                 pod = await self._replace(old, wanted)
             except Exception as error:  # noqa: BLE001 (one pod's trouble stays its own)
                 self._pods.pop(key, None)
-                self._fail(Pod(wanted, self._identity(wanted)), error)
+                self._fail(Pod(wanted, self._identity(wanted), self._settings.tuning), error)
             else:
                 log.info("pod recreated, attached again", pod=key, identity=pod.identity)
             await self._save()
@@ -322,7 +322,9 @@ class PodManager:
         if before is None or not before.waiting or before.reason != reason:
             log.info("waiting for a pod", pod=attachment.pod, reason=reason)
         last = msgspec.structs.replace(attachment, sandbox="", uid="", cgroup="")
-        self._pods[attachment.pod] = Pod(last, self._identity(last), reason=reason, waiting=True)
+        self._pods[attachment.pod] = Pod(
+            last, self._identity(last), self._settings.tuning, reason=reason, waiting=True
+        )
 
     async def _await_mesh(self, request: AttachRequest, where: Located) -> None:
         """Give the mesh state time to name a pod that has just started."""
@@ -334,7 +336,7 @@ class PodManager:
 
     async def _start(self, attachment: Attachment) -> Pod:
         """Attach and serve. Raises MeshbpfError; then nothing is left behind."""
-        pod = Pod(attachment, self._identity(attachment))
+        pod = Pod(attachment, self._identity(attachment), self._settings.tuning)
         self._certificates.hold(pod.identity, pod.key)
         try:
             await trio.to_thread.run_sync(pod.attach_blocking, self._steering, self._store)

@@ -7,7 +7,7 @@ the key holds both, besides where the tunnel leads and who may answer there.
 One dial at a time runs for each key; who comes meanwhile waits for its
 outcome. A tunnel that has as many streams as it may leaves the pool for good
 and ends with its last stream; so does one after GOAWAY, and one that was idle
-for five minutes.
+for `tunnel_idle_s`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ import trio
 from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.tuning import ZTUNNELS
 from meshbpf.agent.runtime.sockets import DialError
 from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tunnel import Tunnel
 from meshbpf.agent.wire.events import Headers
-
-MAX_STREAMS_PER_TUNNEL = 100
 
 Dial = Callable[[Callable[["Tunnel"], None]], Awaitable["Tunnel"]]
 
@@ -62,7 +61,8 @@ class PoolStatistics:
 class TunnelPool:
     """See above. All of a pod's connections use one."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_streams: int = ZTUNNELS.tunnel_streams) -> None:
+        self._most_streams = most_streams
         self._entries: dict[PoolKey, _Entry] = {}
         self._dialed = 0
         self._reused = 0
@@ -135,7 +135,7 @@ class TunnelPool:
 
     def _open_on(self, key: PoolKey, tunnel: Tunnel, headers: Headers) -> TunnelStream:
         stream = tunnel.open(headers)
-        if tunnel.stream_count >= min(MAX_STREAMS_PER_TUNNEL, tunnel.max_streams):
+        if tunnel.stream_count >= min(self._most_streams, tunnel.max_streams):
             self._forget(key, tunnel)
             tunnel.pooled = False
         return stream

@@ -17,13 +17,10 @@ import trio
 
 from meshbpf.agent.core.address import IPAddress, SocketAddress, ip_text
 from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.tuning import Keepalive
 
 CONNECT_TIMEOUT_S = 10.0
 """As ztunnel's; fixed there too."""
-KEEPALIVE_IDLE_S = 180
-KEEPALIVE_INTERVAL_S = 180
-KEEPALIVE_PROBES = 9
-KEEPALIVE = (KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES)
 
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
@@ -64,14 +61,16 @@ def family_of(ip: IPAddress) -> socket.AddressFamily:
     return socket.AF_INET if ip.version == 4 else socket.AF_INET6
 
 
-def prepare(sock: socket.socket) -> None:
-    """Set what every data socket has: no delay, keepalive 180/180/9, non-blocking."""
+def prepare(sock: socket.socket, keepalive: Keepalive) -> None:
+    """Set what every data socket has: no delay, keepalive, non-blocking."""
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+    # Off is said too: a listener that an earlier agent has prepared may have it on.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(keepalive.enabled))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, keepalive.time_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, keepalive.interval_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, keepalive.retries)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, keepalive.user_timeout_ms)
 
 
 def hang_up(sock: socket.socket, *, finished: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from meshbpf.agent import config_mesh
 from meshbpf.agent.config import Settings, control_plane_address
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.control_plane import ControlPlane
@@ -22,7 +23,9 @@ def xds_source(settings: Settings, environ: Mapping[str, str]) -> XdsSource:
     plane = _plane(
         settings, settings.xds, settings.xds_root, settings.xds_name, _headers(environ, _XDS_HEADER)
     )
-    return XdsSource(plane, xds.node(environ, settings.node, settings.cluster_id))
+    return XdsSource(
+        plane, xds.node(config_mesh.metadata(environ), settings.node, settings.cluster_id)
+    )
 
 
 def issuer(settings: Settings, environ: Mapping[str, str]) -> tuple[Issuer, str]:

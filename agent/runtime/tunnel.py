@@ -24,6 +24,7 @@ from h2.errors import ErrorCodes
 
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.tuning import ZTUNNELS, Tuning
 from meshbpf.agent.runtime import native, reactor
 from meshbpf.agent.runtime.farewell import Farewell
 from meshbpf.agent.runtime.scratch import SCRATCH, Layout
@@ -51,8 +52,6 @@ P = ParamSpec("P")
 
 PING_INTERVAL_S = 10.0
 PING_TIMEOUT_S = 20.0
-IDLE_LIMIT_S = 300.0
-"""How long a pooled tunnel without streams is kept."""
 SMALL_BYTES = 16 * 1024
 """A chunk up to this waits for others of the same round, to leave with one send."""
 BACKLOG_LIMIT_BYTES = 4 * 1024 * 1024
@@ -72,6 +71,7 @@ class Tunnel:
         on_request: Callable[[Tunnel, RequestReceived, TunnelStream], None] | None = None,
         on_unusable: Callable[[Tunnel], None] | None = None,
         stream_type: type[TunnelStream] = TunnelStream,
+        tuning: Tuning = ZTUNNELS,
     ) -> None:
         self._stream_type = stream_type
         self.nursery = nursery
@@ -83,7 +83,7 @@ class Tunnel:
         self._sock = sock
         self._channel = channel
         self._server = server
-        self._wire = HboneConnection(server=server)
+        self._wire = HboneConnection(server=server, tuning=tuning)
         self._on_request = on_request
         self._on_unusable = on_unusable
         self._streams: dict[int, TunnelStream] = {}
@@ -105,6 +105,7 @@ class Tunnel:
         self._heard = True
         """Something was received since the last PING was sent."""
         self._idle_since: float | None = None
+        self._idle_limit_s = tuning.tunnel_idle_s
         self._fast: dict[int, native.Handle] = {}
         """The engine's handles of open streams."""
         self.handle: native.Handle | None = None
@@ -566,7 +567,7 @@ class Tunnel:
                 self._end(TlsError("ping-timeout", f"no answer to PING in {PING_TIMEOUT_S:.0f} s"))
                 return
             idle = self._idle_since
-            if self.pooled and idle is not None and trio.current_time() - idle > IDLE_LIMIT_S:
+            if self.pooled and idle is not None and trio.current_time() - idle > self._idle_limit_s:
                 self._leave_pool()
                 return
             self._heard = False

@@ -19,8 +19,6 @@ from meshbpf.agent.wire.errors import PeerError
 from meshbpf.agent.wire.frames import PREFACE
 from meshbpf.agent.wire.hpack_in import HeaderDecoder
 
-STREAM_WINDOW_BYTES = 4 * 1024 * 1024
-CONNECTION_WINDOW_BYTES = 16 * 1024 * 1024
 MAX_FRAME_BYTES = 1024 * 1024
 SERVER_MAX_STREAMS = 200
 SERVER_HEADER_LIST_BYTES = 64 * 1024
@@ -30,10 +28,10 @@ CLIENT_HEADER_LIST_BYTES = 16 * 1024
 class H2State(H2Connection):
     """An H2Connection with our settings."""
 
-    def __init__(self, *, server: bool) -> None:
+    def __init__(self, *, server: bool, stream_window_bytes: int) -> None:
         super().__init__(H2Configuration(client_side=not server))
         values: dict[SettingCodes, int] = {
-            SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES,
+            SettingCodes.INITIAL_WINDOW_SIZE: stream_window_bytes,
             SettingCodes.MAX_FRAME_SIZE: MAX_FRAME_BYTES,
             SettingCodes.ENABLE_PUSH: 0,
         }

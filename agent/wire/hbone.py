@@ -27,6 +27,7 @@ import h2.events
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
 
+from meshbpf.agent.core.tuning import ZTUNNELS, Tuning
 from meshbpf.agent.wire.errors import PeerError, UsageError
 from meshbpf.agent.wire.events import (
     DataReceived,
@@ -54,13 +55,7 @@ from meshbpf.agent.wire.frames import (
     header,
     write_header,
 )
-from meshbpf.agent.wire.h2state import (
-    CONNECTION_WINDOW_BYTES,
-    MAX_FRAME_BYTES,
-    SERVER_MAX_STREAMS,
-    STREAM_WINDOW_BYTES,
-    H2State,
-)
+from meshbpf.agent.wire.h2state import MAX_FRAME_BYTES, SERVER_MAX_STREAMS, H2State
 from meshbpf.agent.wire.headers import read_request, read_status
 from meshbpf.agent.wire.hpack_out import LiteralEncoder
 from meshbpf.agent.wire.windows import (
@@ -94,9 +89,9 @@ _PRODUCTIVE = frozenset(
 class _Stream:
     __slots__ = ("answered", "local_ended", "receive", "remote_ended", "send")
 
-    def __init__(self, send_window: int) -> None:
+    def __init__(self, send_window: int, receive_window: int) -> None:
         self.send = SendWindow(send_window)
-        self.receive = ReceiveWindow(STREAM_WINDOW_BYTES)
+        self.receive = ReceiveWindow(receive_window)
         self.answered = False
         """Server: we answered. Client: the peer did."""
         self.local_ended = False
@@ -106,14 +101,16 @@ class _Stream:
 class HboneConnection:
     """Either end of a tunnel."""
 
-    def __init__(self, *, server: bool) -> None:
+    def __init__(self, *, server: bool, tuning: Tuning = ZTUNNELS) -> None:
         self._server = server
-        self._h2 = H2State(server=server)
+        self._tuning = tuning
+        self._stream_window = tuning.stream_window_bytes
+        self._h2 = H2State(server=server, stream_window_bytes=tuning.stream_window_bytes)
         self._encoder = LiteralEncoder()
         self.splitter = FrameSplitter(server=server, max_frame_bytes=MAX_FRAME_BYTES)
         self._streams: dict[int, _Stream] = {}
         self.send_window = self._send = SendWindow(DEFAULT_WINDOW_BYTES)
-        self.receive_window = self._receive = ReceiveWindow(CONNECTION_WINDOW_BYTES)
+        self.receive_window = self._receive = ReceiveWindow(tuning.tunnel_window_bytes)
         self._peer_initial_window = DEFAULT_WINDOW_BYTES
         self._next_stream_id = 1
         self._highest_seen = 0
@@ -142,7 +139,7 @@ class HboneConnection:
         """Begin: preface, SETTINGS, and the connection window beyond its default."""
         self._h2.initiate_connection()
         self._take_h2_output()
-        self._window_update(0, CONNECTION_WINDOW_BYTES - DEFAULT_WINDOW_BYTES)
+        self._window_update(0, self._tuning.tunnel_window_bytes - DEFAULT_WINDOW_BYTES)
 
     @property
     def stream_count(self) -> int:
@@ -159,7 +156,7 @@ class HboneConnection:
         self._send_headers(stream_id, headers, end_stream=False)
         self._next_stream_id += 2
         self._highest_seen = stream_id
-        self._streams[stream_id] = _Stream(self._peer_initial_window)
+        self._streams[stream_id] = _Stream(self._peer_initial_window, self._stream_window)
         return stream_id
 
     def respond(self, stream_id: int, headers: Headers, *, end_stream: bool) -> bool:
@@ -463,7 +460,7 @@ class HboneConnection:
     def _on_request(self, stream_id: int, headers: Headers, events: list[Event]) -> bool:
         """Server: a new stream; False when it is refused."""
         self._highest_seen = stream_id
-        self._streams[stream_id] = _Stream(self._peer_initial_window)
+        self._streams[stream_id] = _Stream(self._peer_initial_window, self._stream_window)
         if self.going_away or len(self._streams) > SERVER_MAX_STREAMS:
             # The client may try again elsewhere: we did nothing with it.
             self.reset(stream_id, ErrorCodes.REFUSED_STREAM)

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from meshbpf.agent.config import Settings
+from meshbpf.agent.core.tuning import Keepalive, Tuning
 from meshbpf.cli.main import cli
 from tests.cli.conftest import as_root
 
@@ -140,10 +141,20 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--cri-socket", "/run/cri", "--account-wait", "2s"),
         *("--no-dns", "--cluster-domain", "k8s.example"),
         *("--crl-dir", "/etc/meshbpf/crl", "--same-node", "hbone", "--pod-connections", "900"),
+        *("--no-keepalive", "--keepalive-time", "1m", "--keepalive-interval", "20s"),
+        *("--keepalive-retries", "3", "--user-timeout", "--stream-window", "65535"),
+        *("--tunnel-window", "1048576", "--tunnel-streams", "7", "--tunnel-idle", "1m"),
         *("--termination-deadline", "3s", "--reload-deadline", "1h"),
     )
     assert (settings.pod_connections, settings.same_node) == (900, "hbone")
     assert (settings.termination_deadline_s, settings.reload_deadline_s) == (3.0, 3600.0)
+    assert settings.tuning == Tuning(
+        Keepalive(enabled=False, time_s=60, interval_s=20, retries=3, user_timeout=True),
+        stream_window_bytes=65535,
+        tunnel_window_bytes=1048576,
+        tunnel_streams=7,
+        tunnel_idle_s=60.0,
+    )
     assert (settings.dns, settings.cluster_domain) == (False, "k8s.example")
     assert (settings.cri_socket, settings.account_wait_s) == (Path("/run/cri"), 2.0)
     # Mesh state and certificates come from one place each: the others are not given.

@@ -2,12 +2,14 @@
 
 Listens on a port of the kernel's choosing on loopback of a network namespace,
 and opens a TLS connection (TLS 1.3, ALPN h2) to the target for each one that
-it accepts. Bytes go both ways until both sides have ended.
+it accepts. Bytes go both ways until one side has ended. Each connection has one
+thread: two must not use an SSL object at the same time, not even for two ways.
 """
 
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -50,11 +52,8 @@ def tls_shim(
                 raw.settimeout(10)
                 raw.connect(target)
                 with context.wrap_socket(raw) as server:
-                    server.settimeout(None)
-                    back = threading.Thread(target=pump, args=(server, client), daemon=True)
-                    back.start()
-                    pump(client, server)
-                    back.join()
+                    server.setblocking(False)
+                    relay(client, server)
 
         accepting = threading.Thread(target=accept, daemon=True)
         accepting.start()
@@ -65,11 +64,29 @@ def tls_shim(
             accepting.join()
 
 
-def pump(source: socket.socket, sink: socket.socket) -> None:
-    """One direction, to its end; the other one then learns of it."""
-    with contextlib.suppress(OSError):
-        while data := source.recv(CHUNK_BYTES):
-            sink.sendall(data)
-    for sock in (source, sink):
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+def relay(client: socket.socket, server: ssl.SSLSocket) -> None:
+    """Both directions, until one side has ended. What the server says goes before all else:
+    it may say why it ends the connection in the midst of what it is sent.
+    """
+    unsent = b""
+    while True:
+        readable = [server] if unsent else [client, server]
+        if server.pending():
+            ready, writable = [server], []
+        else:
+            ready, writable, _ = select.select(readable, [server] if unsent else [], [])
+        if server in ready:
+            try:
+                data = server.recv(CHUNK_BYTES)
+            except ssl.SSLWantReadError:
+                data = None  # no whole record, or one that is not for us
+            if data == b"":
+                return
+            client.sendall(data or b"")
+        if client in ready:
+            unsent = client.recv(CHUNK_BYTES)
+            if not unsent:
+                return
+        if unsent and (writable or client in ready):
+            with contextlib.suppress(ssl.SSLWantWriteError):
+                unsent = unsent[server.send(unsent) :]

@@ -7,6 +7,7 @@ from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
 
 from meshbpf.agent.core.address import SocketAddress
+from meshbpf.agent.core.tuning import Tuning
 from meshbpf.agent.wire.errors import UsageError
 from meshbpf.agent.wire.events import (
     GoAwayReceived,
@@ -88,6 +89,25 @@ def test_a_client_opens_with_preface_settings_and_window() -> None:
         >> Settings({SettingCodes.MAX_CONCURRENT_STREAMS: 200, SettingCodes.MAX_FRAME_SIZE: MIB})
         << SettingsReceived(200)
         << Settings(ack=True)
+    )
+
+
+def test_the_windows_are_those_that_were_asked_for() -> None:
+    tuning = Tuning(stream_window_bytes=MIB, tunnel_window_bytes=8 * MIB)
+    assert (
+        Playbook(HboneConnection(server=False, tuning=tuning))
+        << Preface()
+        << Settings(
+            {
+                SettingCodes.HEADER_TABLE_SIZE: 4096,
+                SettingCodes.ENABLE_PUSH: 0,
+                SettingCodes.INITIAL_WINDOW_SIZE: MIB,
+                SettingCodes.MAX_FRAME_SIZE: MIB,
+                SettingCodes.ENABLE_CONNECT_PROTOCOL: 0,
+                SettingCodes.MAX_HEADER_LIST_SIZE: 16 * 1024,
+            }
+        )
+        << Window(0, 8 * MIB - 65535)
     )
 
 

@@ -47,11 +47,22 @@ static int set(int fd, int level, int option, int value)
 	return setsockopt(fd, level, option, &value, sizeof value);
 }
 
-static int prepare(int fd, int idle_s, int interval_s, int probes)
+// core/tuning.py
+struct keepalive {
+	int enabled, idle_s, interval_s, probes, user_timeout_ms;
+};
+
+static int prepare(int fd, const struct keepalive *k)
 {
-	return set(fd, IPPROTO_TCP, TCP_NODELAY, 1) || set(fd, SOL_SOCKET, SO_KEEPALIVE, 1) ||
-	       set(fd, IPPROTO_TCP, TCP_KEEPIDLE, idle_s) || set(fd, IPPROTO_TCP, TCP_KEEPINTVL, interval_s) ||
-	       set(fd, IPPROTO_TCP, TCP_KEEPCNT, probes) ? -1 : 0;
+	if (set(fd, IPPROTO_TCP, TCP_NODELAY, 1))
+		return -1;
+	if (k->user_timeout_ms && set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, k->user_timeout_ms))
+		return -1;
+	if (!k->enabled)
+		return 0;
+	return set(fd, SOL_SOCKET, SO_KEEPALIVE, 1) || set(fd, IPPROTO_TCP, TCP_KEEPIDLE, k->idle_s) ||
+	       set(fd, IPPROTO_TCP, TCP_KEEPINTVL, k->interval_s) ||
+	       set(fd, IPPROTO_TCP, TCP_KEEPCNT, k->probes) ? -1 : 0;
 }
 
 // The kernel programs know the agent's sockets by this: before it can send a packet.
@@ -90,12 +101,13 @@ static int pose_as(int fd, int family, const void *client, unsigned mark)
 
 PyObject *pod_socket(PyObject *module, PyObject *arguments)
 {
-	int netns, family, map, idle_s, interval_s, probes;
+	int netns, family, map;
+	struct keepalive k;
 	unsigned mark;
 	Py_buffer client;
 	(void)module;
-	if (!PyArg_ParseTuple(arguments, "iii(iii)y*I", &netns, &family, &map, &idle_s, &interval_s, &probes,
-			      &client, &mark))
+	if (!PyArg_ParseTuple(arguments, "iii(piiii)y*I", &netns, &family, &map, &k.enabled, &k.idle_s,
+			      &k.interval_s, &k.probes, &k.user_timeout_ms, &client, &mark))
 		return NULL;
 	PyObject *result = NULL;
 	if (client.len && client.len != (family == AF_INET6 ? 16 : 4)) {
@@ -103,7 +115,7 @@ PyObject *pod_socket(PyObject *module, PyObject *arguments)
 		goto out;
 	}
 	int fd = socket_inside(netns, family);
-	if (fd < 0 || prepare(fd, idle_s, interval_s, probes) || protect(fd, map) ||
+	if (fd < 0 || prepare(fd, &k) || protect(fd, map) ||
 	    (client.len && pose_as(fd, family, client.buf, mark))) {
 		PyErr_SetFromErrno(PyExc_OSError);
 		if (fd >= 0)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.tuning import ZTUNNELS
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.sockets import prepare
 from meshbpf.agent.runtime.tasks import guarded
@@ -36,7 +37,7 @@ def open_hbone(port: int) -> list[socket.socket]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            prepare(sock)
+            prepare(sock, ZTUNNELS.keepalive)
             sock.bind((address, port))
             sock.listen(_BACKLOG)
         except OSError as error:

@@ -13,6 +13,7 @@ import trio
 
 from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.route import HboneRoute, PlainRoute
+from meshbpf.agent.core.tuning import ZTUNNELS
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.handshake import shake_hands
 from meshbpf.agent.runtime.identity_source import Identities
@@ -101,7 +102,7 @@ class Dialer:
 async def _dial_tcp(target: SocketAddress) -> socket.socket:
     sock = socket.socket(family_of(target.ip), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        prepare(sock)
+        prepare(sock, ZTUNNELS.keepalive)
         await connect(sock, target)
     except BaseException:
         sock.close()

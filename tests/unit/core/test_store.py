@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from ipaddress import IPv4Network
 
 import pytest
 
 from meshbpf.agent.core.service import (
     HealthPolicy,
     LoadBalancing,
+    NetworkCidr,
+    Service,
     ServiceEndpoint,
     Visibility,
 )
@@ -79,6 +82,15 @@ def test_of_services_with_one_address_the_clients_namespace_wins_then_the_canoni
     assert mesh(first, mine).service_at("", vip, "other") is first
     assert snapshot.service_with_hostname("s", "mine") is mine
     assert snapshot.service_with_hostname("s", "other") is canonical
+
+
+def test_of_two_ranges_of_the_clients_namespace_the_canonical_services_wins() -> None:
+    wide = (NetworkCidr("", IPv4Network("10.9.0.0/16")),)
+    first = Service("y", "mine", "y", cidr_addresses=wide)
+    canonical = Service("x", "mine", "x", cidr_addresses=wide, canonical=True)
+    for order in ((first, canonical), (canonical, first)):
+        snapshot = mesh(*order)
+        assert snapshot.service_at("", ip("10.9.0.1"), "mine") is canonical
 
 
 def test_service_of_a_namespace_is_invisible_from_others() -> None:

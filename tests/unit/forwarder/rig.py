@@ -26,6 +26,7 @@ from meshbpf.agent.core.address import IPAddress, parse_ip
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.tuning import ZTUNNELS
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.steering import Role
 from meshbpf.agent.runtime.connections import ConnectionRegistry
@@ -152,7 +153,7 @@ class Sockets:
 
     def outbound(self, family: int) -> socket.socket:
         sock = self.netns.socket(family, socket.SOCK_STREAM)
-        prepare(sock)
+        prepare(sock, ZTUNNELS.keepalive)
         return sock
 
     def to_app(self, family: int, client: IPAddress | None) -> socket.socket:

@@ -24,6 +24,7 @@ from hyperframe import frame as hf
 
 from meshbpf.agent.core import ca
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.tuning import Tuning
 from meshbpf.agent.runtime import native, reactor
 from meshbpf.agent.runtime.handshake import shake_hands
 from meshbpf.agent.runtime.stream import ByteCount, TunnelStream
@@ -31,7 +32,6 @@ from meshbpf.agent.runtime.tunnel import Tunnel
 from meshbpf.agent.wire import headers
 from meshbpf.agent.wire.events import RequestReceived
 from meshbpf.agent.wire.frames import PREFACE
-from meshbpf.agent.wire.h2state import CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES
 from meshbpf.agent.wire.tls import Expectation, WorkloadTls, workload_tls
 from meshbpf.agent.wire.tls_channel import TlsChannel
 
@@ -255,8 +255,8 @@ async def test_every_byte_arrives_whatever_the_peer_makes_of_the_protocol(
         assert bytes(peer.received[stream_id]) == app.sends
     # What was credited and what is held back for the next update is all that was announced.
     window = tunnel.parts().wire.receive_window
-    assert window.available + window._uncredited == CONNECTION_WINDOW_BYTES
-    assert peer.flow_controlled < STREAMS * STREAM_WINDOW_BYTES
+    assert window.available + window._uncredited == Tuning().tunnel_window_bytes
+    assert peer.flow_controlled < STREAMS * Tuning().stream_window_bytes
     tunnel.close("done")
     theirs.close()
     await trio.testing.wait_all_tasks_blocked()  # it says goodbye and closes its socket

@@ -19,6 +19,7 @@ from hpack import Decoder, Encoder
 from hyperframe import frame as hf
 
 from meshbpf.agent.core.identity import SpiffeId
+from meshbpf.agent.core.tuning import ZTUNNELS
 from meshbpf.agent.runtime.handshake import shake_hands
 from meshbpf.agent.runtime.sockets import prepare
 from meshbpf.agent.wire.errors import TlsError
@@ -112,7 +113,7 @@ async def attack(
         await dial(rig.client.netns, SERVER, 15008, CLIENT) as stream,
     ):
         sock = stream.socket._sock
-        prepare(sock)
+        prepare(sock, ZTUNNELS.keepalive)
         tls = await rig.identities.tls(identity)
         channel = await shake_hands(
             sock, tls.client, Expectation(allowed=frozenset({DB})), server=False

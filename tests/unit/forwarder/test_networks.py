@@ -20,6 +20,7 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.traffic import LABELS
+from meshbpf.agent.core.tuning import ZTUNNELS
 from meshbpf.agent.runtime.handshake import shake_hands
 from meshbpf.agent.runtime.sockets import prepare
 from meshbpf.agent.runtime.stream import TunnelStream
@@ -111,7 +112,7 @@ async def gateway(rig: Rig) -> AsyncIterator[Gateway]:
         pod = netns.socket(socket.AF_INET, socket.SOCK_STREAM)
         with pod:
             pod.connect((SERVER, 15008))
-            prepare(pod)
+            prepare(pod, ZTUNNELS.keepalive)
             tunnel.respond(stream, headers.response(200), end_stream=False)
             scope = trio.CancelScope()
             stream.bind(scope, stream.taken_from_app, stream.sent_to_app)
@@ -129,7 +130,7 @@ async def gateway(rig: Rig) -> AsyncIterator[Gateway]:
                 while True:
                     await trio.lowlevel.wait_readable(listener)
                     sock, _ = listener.accept()
-                    prepare(sock)
+                    prepare(sock, ZTUNNELS.keepalive)
                     nursery.start_soon(serve, sock)
 
             nursery.start_soon(accept)

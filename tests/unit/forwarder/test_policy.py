@@ -9,6 +9,7 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.local_xds import parse_local_xds
 from meshbpf.agent.core.state import MeshDelta
 from meshbpf.agent.core.store import Snapshot
+from meshbpf.agent.core.tuning import ZTUNNELS
 from meshbpf.agent.runtime import connections
 from meshbpf.agent.runtime.handshake import shake_hands
 from meshbpf.agent.runtime.sockets import prepare
@@ -37,7 +38,7 @@ async def status_of(rig: Rig, request: Headers, identity: SpiffeId = WEB) -> int
     raw = await dial(rig.client.netns, SERVER, 15008, "198.18.0.1")
     async with raw:
         sock = raw.socket._sock  # the forwarder's own functions take plain sockets
-        prepare(sock)
+        prepare(sock, ZTUNNELS.keepalive)
         tls = await rig.identities.tls(identity)
         channel = await shake_hands(
             sock, tls.client, Expectation(allowed=frozenset({DB})), server=False

@@ -13,6 +13,7 @@ import pytest
 import trio
 from OpenSSL import SSL
 
+from meshbpf.agent.core.tuning import Tuning
 from meshbpf.agent.runtime import tunnel as tunnel_module
 from meshbpf.agent.runtime.tunnel import Tunnel
 from tests.unit.forwarder.rig import CLIENT, CLIENT_2, HBONE_VIP, SERVER, Rig, expect_reset
@@ -94,7 +95,8 @@ async def test_an_idle_tunnel_is_closed_and_a_busy_one_is_not(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tunnel_module, "PING_INTERVAL_S", 0.05)
-    monkeypatch.setattr(tunnel_module, "IDLE_LIMIT_S", 0.2)
+    for end in (rig.client, rig.server):
+        end.pod.tuning = Tuning(tunnel_idle_s=0.2)
     async with rig.listen() as listener:
         async with rig.joined(listener):
             await trio.sleep(0.5)
