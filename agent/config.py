@@ -150,6 +150,8 @@ class Settings:
     """Attach the pods of this node that the mesh state enrols, without being asked."""
     pod_connections: int = 0
     """How many connections a pod may have at a time; 0: its share of the descriptors alone."""
+    pod_memory: int = 256 * MIB
+    """How many bytes of a pod's connections may wait here to be read; 0: no bound."""
     keepalive: bool = True
     """This and the next eight: core/tuning.py."""
     keepalive_time_s: float = 180.0
@@ -193,6 +195,7 @@ class Settings:
         _between("heartbeat-limit", self.heartbeat_limit_s, 0.3, 60.0, "300ms to 60s")
         _between("account-wait", self.account_wait_s, 0.0, 45.0, "0s to 45s")
         _between("pod-connections", self.pod_connections, 0, 10_000_000, "0 to 10000000")
+        _between("pod-memory", self.pod_memory, 0, 2**40, "0 to 1099511627776")
         # tcp(7): what the kernel takes, in whole seconds.
         _between("keepalive-time", self.keepalive_time_s, 1.0, 32767.0, "1s to 32767s")
         _between("keepalive-interval", self.keepalive_interval_s, 1.0, 32767.0, "1s to 32767s")

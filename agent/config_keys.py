@@ -147,6 +147,7 @@ KEYS: tuple[Key, ...] = (
     Key("account-wait", "account_wait_s", _DURATION, _duration),
     Key("enrol", "enrol", bool, _as_is),
     Key("pod-connections", "pod_connections", int, _as_is),
+    Key("pod-memory", "pod_memory", int, _as_is),
     Key("keepalive", "keepalive", bool, _as_is),
     Key("keepalive-time", "keepalive_time_s", _DURATION, _duration),
     Key("keepalive-interval", "keepalive_interval_s", _DURATION, _duration),

@@ -186,6 +186,13 @@ _OPTIONS: tuple[Any, ...] = (
         "once descriptors are scarce.  [default: 0]",
     ),
     click.option(
+        "--pod-memory",
+        type=click.IntRange(0, 2**40),
+        metavar="BYTES",
+        help="How many bytes of a pod's connections may wait to be read; beyond, those that hold "
+        "most are reset. 0: no bound.  [default: 268435456]",
+    ),
+    click.option(
         "--keepalive/--no-keepalive",
         default=None,
         help="TCP keepalive on every connection that is carried.  [default: on]",

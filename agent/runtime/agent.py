@@ -172,7 +172,7 @@ class Agent:
         self._carrying = carrying = Carrying(
             steering, self._mesh.current, self._connections.telemetry.traffic
         )
-        self._forwarder = Forwarder(
+        self._forwarder = forwarder = Forwarder(
             self._mesh.current,
             self._certificates,
             self._connections,
@@ -180,7 +180,7 @@ class Agent:
             cluster_domain=settings.cluster_domain,
             carrier=carrying.carrier,
             gate=self.gate,
-            bounds=Bounds.of_process(settings.pod_connections),
+            bounds=Bounds.of_process(settings.pod_connections, settings.pod_memory),
         )
         self.pods = pods = PodManager(
             settings,
@@ -210,6 +210,8 @@ class Agent:
         self._nursery.start_soon(heartbeat.tick)
         self.readiness.done("heartbeat")
         self.readiness.require("heartbeat", lambda: heartbeat.beating)
+        self.readiness.require("descriptors", lambda: not forwarder.exhausted)
+        self._nursery.start_soon(forwarder.bound_memory)
         self._running.set()
         await self._first_certificates(pods)
         self.readiness.done("certificates")
@@ -541,8 +543,7 @@ class Agent:
             certificates=self._certificates,
             mesh=self._mesh.current,
             pods=self._all_pods,
-            pools=lambda: self._forwarder.statistics().pools if self._forwarder else {},
-            turned_away=lambda: self._forwarder.turned_away() if self._forwarder else {},
+            forwarder=lambda: self._forwarder,
             predecessors=lambda: [one.connections for one in self.predecessors],
             decisions=lambda: self._steering.statistics().decisions if self._steering else None,
             loop_lag_s=lambda: self._heartbeat.statistics().loop_lag_s if self._heartbeat else None,

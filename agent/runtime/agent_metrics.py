@@ -40,6 +40,8 @@ class Numbers:
     pools: Mapping[str, PoolStatistics]
     """Tunnels that each pod opened."""
     turned_away: Mapping[str, int]
+    buffered: Mapping[str, int]
+    cut_for_memory: Mapping[str, int]
     """Connections of each pod that were reset because it had its share."""
     predecessors: Sequence[int]
     """How many connections each agent carries that a reload has replaced."""
@@ -103,6 +105,20 @@ def own(numbers: Numbers) -> Iterator[Family]:
         Kind.COUNTER,
         "pod",
         numbers.turned_away,
+    )
+    yield labelled(
+        "meshbpf_buffered_bytes",
+        "Bytes that wait for applications of a pod to read them",
+        Kind.GAUGE,
+        "pod",
+        numbers.buffered,
+    )
+    yield labelled(
+        "meshbpf_connections_cut_for_memory",
+        "Connections that were reset because their pod held more unread bytes than it may",
+        Kind.COUNTER,
+        "pod",
+        numbers.cut_for_memory,
     )
     yield single(
         "meshbpf_predecessors",

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import random
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -33,6 +34,7 @@ from meshbpf.agent.runtime.mesh_view import MeshView
 from meshbpf.agent.runtime.outbound import Outbound
 from meshbpf.agent.runtime.pool import PoolStatistics
 from meshbpf.agent.runtime.sockets import SocketFactory, hang_up, prepare
+from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tasks import guarded
 
 __all__ = [
@@ -49,6 +51,9 @@ log = logging.getLogger(__name__)
 _ACCEPT_BATCH = 32
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _EXHAUSTED_WAIT_S = 0.1
+EXHAUSTED_FOR_S = 5.0
+"""How long it is told that nothing could be accepted, once it can."""
+MEMORY_LOOK_S = 0.5
 # accept(2): the connection broke while it was queued; the next may be fine.
 _BROKEN_IN_QUEUE = frozenset(
     {
@@ -88,6 +93,7 @@ class _Served:
     carried: int = 0
     """Accepted sockets that are not done with: connections and tunnels of others."""
     turned_away: int = 0
+    cut_for_memory: int = 0
 
 
 class Forwarder:
@@ -122,6 +128,7 @@ class Forwarder:
         self._carried = 0
         self._idle = trio.Event()
         self._accept_failures = 0
+        self._exhausted_at = -math.inf
 
     async def serve(
         self, pod: LocalPod, listeners: Mapping[tuple[Role, int], socket.socket]
@@ -194,6 +201,32 @@ class Forwarder:
         """By pod: connections that were reset because it had its share."""
         return {key: served.turned_away for key, served in self._served.items()}
 
+    def buffered(self) -> dict[str, int]:
+        """By pod: bytes that its apps, or its peers' apps, have not taken yet."""
+        return {
+            key: sum(len(stream.pending) for stream in served.pod.streams)
+            for key, served in self._served.items()
+        }
+
+    def cut_for_memory(self) -> dict[str, int]:
+        """By pod: connections that were reset because it held more bytes than it may."""
+        return {key: served.cut_for_memory for key, served in self._served.items()}
+
+    @property
+    def exhausted(self) -> bool:
+        """Connections could not be accepted just now, for want of descriptors or memory."""
+        return trio.current_time() - self._exhausted_at < EXHAUSTED_FOR_S
+
+    async def bound_memory(self) -> None:
+        """Look again and again whether a pod holds more bytes than it may, until cancelled."""
+        while True:
+            await trio.sleep(MEMORY_LOOK_S)
+            for served in list(self._served.values()):
+                held = [(len(stream.pending), stream) for stream in served.pod.streams]
+                greatest = self._bounds.excess(held)
+                if greatest:
+                    self._relieve(served, greatest)
+
     async def idle(self) -> None:
         """Return when nothing is carried."""
         while self.carried:
@@ -232,6 +265,7 @@ class Forwarder:
                     if error.errno not in _EXHAUSTED:
                         raise
                     self._accept_failures += 1
+                    self._exhausted_at = trio.current_time()
                     log.error("cannot accept: %s; connections wait in the queue", error.strerror)
                     await trio.sleep(_EXHAUSTED_WAIT_S)
                     break
@@ -268,6 +302,17 @@ class Forwarder:
                 served.carried,
                 served.turned_away,
             )
+
+    def _relieve(self, served: _Served, greatest: Sequence[TunnelStream]) -> None:
+        served.cut_for_memory += len(greatest)
+        log.warning(
+            "pod %s holds more than %d bytes that nobody reads: %d connections reset",
+            served.pod.key,
+            self._bounds.memory_bytes,
+            len(greatest),
+        )
+        for stream in greatest:
+            stream.give_up("the pod held more unread bytes than it may")
 
     def _look_whether_idle(self) -> None:
         if not self.carried:

@@ -227,9 +227,11 @@ class Inbound:
             answer = headers.response(200, headers.baggage(workload))
             if not tunnel.respond(stream, answer, end_stream=False):
                 return
+            self._pod.streams.add(stream)
             await stream.relay(app)
             live.finished = True
         finally:
+            self._pod.streams.discard(stream)
             stream.abandon()
             hang_up(app, finished=live.finished)
 

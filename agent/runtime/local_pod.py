@@ -10,6 +10,7 @@ from meshbpf.agent.core.tuning import ZTUNNELS, Tuning
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.pool import TunnelPool
 from meshbpf.agent.runtime.sockets import SocketFactory
+from meshbpf.agent.runtime.stream import TunnelStream
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +29,8 @@ class LocalPod:
     """Of its network namespace: unlike the index, never another pod's."""
     tuning: Tuning = ZTUNNELS
     pool: TunnelPool = field(init=False)
+    streams: set[TunnelStream] = field(default_factory=set)
+    """Those that are relayed now, in either direction."""
 
     def __post_init__(self) -> None:
         self.pool = TunnelPool(self.tuning.tunnel_streams)

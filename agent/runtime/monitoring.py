@@ -29,13 +29,13 @@ from meshbpf.agent.runtime.connections import ConnectionRegistry
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.dns_metrics import DnsMetrics
 from meshbpf.agent.runtime.exposition import Family
+from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.httpd import Request, Response
 from meshbpf.agent.runtime.log_levels import Levels, LogLevels, known_scopes
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.mesh_view import MeshView
 from meshbpf.agent.runtime.overview import MAX_CONNECTIONS, Overview, denials, flows
 from meshbpf.agent.runtime.pod import Pod
-from meshbpf.agent.runtime.pool import PoolStatistics
 
 SWEEP_S = 30.0
 """How often series of workloads that are gone are looked for."""
@@ -56,8 +56,8 @@ class Parts:
     certificates: CertificateStore
     mesh: MeshView
     pods: Callable[[], Iterable[Pod]]
-    pools: Callable[[], Mapping[str, PoolStatistics]]
-    turned_away: Callable[[], Mapping[str, int]]
+    forwarder: Callable[[], Forwarder | None]
+    """None before there is one."""
     predecessors: Callable[[], Sequence[int]]
     decisions: Callable[[], Mapping[str, int] | None]
     loop_lag_s: Callable[[], float | None]
@@ -187,6 +187,7 @@ class Monitoring:
     def _numbers(self) -> Numbers:
         parts = self._parts
         mesh = parts.mesh()
+        forwarder = parts.forwarder()
         states = Counter({"attached": 0, "failed": 0})
         states.update("failed" if pod.reason else "attached" for pod in parts.pods())
         return Numbers(
@@ -196,8 +197,10 @@ class Monitoring:
             certs=parts.certificates.describe().certs,
             logs=parts.writer.statistics(),
             pods=states,
-            pools=parts.pools(),
-            turned_away=parts.turned_away(),
+            pools=forwarder.statistics().pools if forwarder else {},
+            turned_away=forwarder.turned_away() if forwarder else {},
+            buffered=forwarder.buffered() if forwarder else {},
+            cut_for_memory=forwarder.cut_for_memory() if forwarder else {},
             predecessors=parts.predecessors(),
             mesh={
                 "workload": len(mesh.workloads),

@@ -172,9 +172,11 @@ class Outbound:
             stream.bind(live.scope, taken_from_app=live.sent, sent_to_app=live.received)
             live.destination_identity = stream.tunnel.peer
             live.opened(route.gateway)
+            self._pod.streams.add(stream)
             await stream.relay(app)
             live.finished = True
         finally:
+            self._pod.streams.discard(stream)
             if stream.failure:
                 live.broke(stream.failure, stream.tunnel.fault)
             stream.abandon()

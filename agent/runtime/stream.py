@@ -128,6 +128,11 @@ class TunnelStream:
             self._guarded(self._drain)
         await self._finished.wait()
 
+    def give_up(self, reason: str) -> None:
+        """Reset the stream, and have its owner reset the app's connection."""
+        self._fail(reason)
+        self.tunnel.reset_stream(self, ErrorCodes.ENHANCE_YOUR_CALM)
+
     def app_failed(self, error: OSError) -> None:
         """The TCP connection broke (RFC 9113, section 8.5 names the code)."""
         self._fail(f"the app's connection broke: {error.strerror or error}")

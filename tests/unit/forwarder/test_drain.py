@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import socket
 
 import pytest
 import trio
 
+from meshbpf.agent.core.tuning import MIB
+from meshbpf.agent.runtime import forwarder
 from meshbpf.agent.runtime.bounds import Bounds
-from tests.unit.forwarder.rig import Rig, expect_reset
+from tests.unit.forwarder.rig import HBONE_VIP, PORT, Rig, expect_reset
 from tests.unit.forwarder.test_tunnels import exchange, settled
 
 pytestmark = [pytest.mark.root, pytest.mark.compat]
@@ -105,4 +109,54 @@ async def test_a_pod_at_its_bound_is_refused_at_once_and_another_is_not(rig: Rig
         assert rig.server.forwarder.turned_away() == {rig.server.pod.key: 0}
     await settled(lambda: rig.client.forwarder.carried == 0)
     async with rig.listen() as listener:
+        await exchange(rig, listener)
+
+
+async def test_who_does_not_read_is_reset_and_who_does_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three megabytes wait for an app that reads nothing: more than the pod may hold."""
+    monkeypatch.setattr(forwarder, "MEMORY_LOOK_S", 0.05)
+    side = rig.server
+    side.forwarder._bounds = Bounds(descriptors=100_000, memory_bytes=2 * MIB)
+    async with (
+        rig.listen() as listener,
+        rig.joined(listener) as (stuck, _),
+        rig.joined(listener) as (client, app),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(side.forwarder.bound_memory)
+        nursery.start_soon(_send_until_reset, stuck)
+        await settled(lambda: side.forwarder.cut_for_memory() == {side.pod.key: 1})
+        await settled(lambda: side.forwarder.buffered() == {side.pod.key: 0})
+        await client.send_all(b"still here")
+        assert await app.receive_some(100) == b"still here"
+        nursery.cancel_scope.cancel()
+    await settled(lambda: not side.pod.streams)
+
+
+async def _send_until_reset(client: trio.SocketStream) -> None:
+    with contextlib.suppress(trio.BrokenResourceError):
+        while True:
+            await client.send_all(bytes(256 * 1024))
+
+
+async def test_want_of_descriptors_is_told_for_a_while_and_then_it_is_over(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarder, "EXHAUSTED_FOR_S", 0.3)
+    side = rig.client.forwarder
+    assert not side.exhausted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with rig.listen() as listener:
+        await exchange(rig, listener)
+        with rig.client.netns.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+            sock.setblocking(False)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                sock.connect_ex((HBONE_VIP, PORT))
+                await settled(lambda: side.exhausted)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await settled(lambda: not side.exhausted)
         await exchange(rig, listener)

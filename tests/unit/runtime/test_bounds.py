@@ -25,3 +25,14 @@ def test_one_pod_alone_may_have_all_but_the_reserve() -> None:
     bounds = Bounds(descriptors=1000)
     assert bounds.admits(mine=399, total=399, pods=1)
     assert not bounds.admits(mine=400, total=400, pods=1)
+
+
+def test_who_holds_most_lets_go_first_and_no_more_than_must() -> None:
+    bounds = Bounds(descriptors=1000, memory_bytes=100)
+    assert bounds.excess([(60, "a"), (40, "b")]) == []
+    assert bounds.excess([(50, "a"), (70, "b"), (10, "c")]) == ["b"]
+    assert bounds.excess([(90, "a"), (95, "b"), (80, "c")]) == ["b", "a"]
+
+
+def test_without_a_bound_nobody_lets_go() -> None:
+    assert Bounds(descriptors=1000).excess([(1 << 40, "a")]) == []
