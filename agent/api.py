@@ -27,6 +27,7 @@ from meshbpf.agent.api_envelope import ReplyEnvelope as ReplyEnvelope
 from meshbpf.agent.api_envelope import Request as Request
 from meshbpf.agent.api_envelope import RequestEnvelope as RequestEnvelope
 from meshbpf.agent.api_envelope import Result as Result
+from meshbpf.agent.api_proxy import ProxyInfo as ProxyInfo
 
 API_VERSION = "meshbpf/v1"
 CONTROL_SOCKET = "control.sock"
@@ -126,6 +127,8 @@ class StatusResult(Result, frozen=True):
     """Open connections that the agent carries."""
     predecessors: tuple[PredecessorInfo, ...] = ()
     """Agents that drain after a reload; their connections are not among ours."""
+    proxy: ProxyInfo | None = None
+    """None: the agent serves the pods itself."""
     draining_until: datetime | None = None
     """This agent takes no connections any more, and ends those it has at that time."""
     warnings: tuple[str, ...] = ()

@@ -23,12 +23,15 @@ IPNetwork = IPv4Network | IPv6Network
 CaptureName = Literal["auto", "tc"]
 OnAgentDownName = Literal["closed", "open"]
 SameNodeName = Literal["kernel", "hbone"]
+ProxyName = Literal["meshbpf", "ztunnel"]
 LogFormat = Literal["plain", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 ISTIO_ROOT = "/var/run/secrets/istio/root-cert.pem"
 ISTIO_TOKEN = Path("/var/run/secrets/tokens/istio-token")
 """Where Istio's manifests mount them for its own node proxy."""
+DEFAULT_ZDS_SOCKET = Path("/var/run/ztunnel/ztunnel.sock")
+"""ztunnel's INPOD_UDS."""
 DEFAULT_STATE_DIR = Path("/var/lib/meshbpf")
 READINESS_PORT = 15021
 ADMIN_PORT = 15000
@@ -87,7 +90,7 @@ class Settings:
     node: str
     state_dir: Path
     ca_dir: Path | None = None
-    """Certificates come from one of this and `ca`."""
+    """Certificates come from one of this and `ca`; from neither where ztunnel is the proxy."""
     local_xds: Path | None = None
     """Mesh state comes from one of this, `manifests`, `kubernetes` and `xds`."""
     manifests: Path | None = None
@@ -115,6 +118,10 @@ class Settings:
     on_agent_down: OnAgentDownName = "closed"
     same_node: SameNodeName = "kernel"
     """Who carries connections between captured pods of this node that policy allows."""
+    proxy: ProxyName = "meshbpf"
+    """Who serves the connections of captured pods: this agent, or the ztunnel beside it."""
+    zds_socket: Path = DEFAULT_ZDS_SOCKET
+    """Where that ztunnel asks for them."""
     exempt: Exemptions = Exemptions()
     dns: bool = True
     """The DNS queries of pods are answered here, unless their attach says otherwise."""
@@ -187,6 +194,7 @@ class Settings:
         _one_of("capture", self.capture, get_args(CaptureName))
         _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
         _one_of("same-node", self.same_node, get_args(SameNodeName))
+        _one_of("proxy", self.proxy, get_args(ProxyName))
         _one_of("log-level", self.log_level, get_args(LogLevel))
         _one_of("log-format", self.log_format, get_args(LogFormat))
         _between("cert-ttl", self.cert_ttl_s, 2.0, 366 * _UNIT_S["d"], "2s to 366d")

@@ -20,6 +20,7 @@ from meshbpf.agent.config import (
     LogFormat,
     LogLevel,
     OnAgentDownName,
+    ProxyName,
     SameNodeName,
     parse_cidrs,
     parse_duration_s,
@@ -133,6 +134,8 @@ KEYS: tuple[Key, ...] = (
     Key("capture", "capture", CaptureName, _as_is),
     Key("on-agent-down", "on_agent_down", OnAgentDownName, _as_is),
     Key("same-node", "same_node", SameNodeName, _as_is),
+    Key("proxy", "proxy", ProxyName, _as_is),
+    Key("zds-socket", "zds_socket", str, Path),
     Key("exempt-ports", "exempt_ports", list[int | str], _ports, "--exempt-port"),
     Key("exempt-cidrs", "exempt_cidrs", list[str], parse_cidrs, "--exempt-cidr"),
     Key("exempt-interfaces", "exempt_interfaces", list[str], frozenset, "--exempt-interface"),
@@ -172,7 +175,7 @@ KEYS: tuple[Key, ...] = (
 
 STATE_SOURCES = ("local-xds", "manifests", "kubernetes", "xds")
 CERTIFICATE_SOURCES = ("ca-dir", "ca")
-"""Exactly one of each is to be set."""
+"""Exactly one of each is to be set; of certificates none where ztunnel is the proxy."""
 
 BY_NAME = {key.name: key for key in KEYS}
 EXEMPT_FIELDS = {

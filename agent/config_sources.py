@@ -42,7 +42,10 @@ class Resolved:
 
     def settings(self) -> Settings:
         """What `run` works with. Raises ConfigError naming the origin of what is wrong."""
-        self._one_of(CERTIFICATE_SOURCES, "certificates come")
+        if self.values["proxy"].value == "ztunnel":
+            self._none_of(CERTIFICATE_SOURCES)
+        else:
+            self._one_of(CERTIFICATE_SOURCES, "certificates come")
         self._one_of(STATE_SOURCES, "mesh state comes")
         given: dict[str, Any] = {}
         exempt: dict[str, Any] = {}
@@ -75,6 +78,13 @@ class Resolved:
                 str(self.values[given[1]].value),
                 f"{what} from one source, and these are set: {', '.join(places)}",
             )
+
+    def _none_of(self, sources: Sequence[str]) -> None:
+        for name in sources:
+            if found := self.values[name].value:
+                raise OptionError(
+                    name, str(found), "with --proxy=ztunnel it is ztunnel that has certificates"
+                )
 
     def _missing(self, *names: str) -> ConfigError:
         first = BY_NAME[names[0]]

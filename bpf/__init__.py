@@ -48,7 +48,8 @@ STEER_MASK: Final = 0xFFF
 AGENT_MARK: Final = 0x539
 """On outbound listeners, so that what they accept does not inherit the steering
 mark: its answers must find their way to a source that is not in the pod's own
-netns, when the pod forwards for others. Proves nothing to any program."""
+netns, when the pod forwards for others. ztunnel marks its own sockets with the same
+number. By itself it proves nothing to any program."""
 HBONE_PORT: Final = 15008
 DNS_PORT: Final = 53
 
@@ -109,7 +110,9 @@ class Role(IntEnum):
 
 
 CONNECTION_ROLES: Final = (Role.OUTBOUND, Role.INBOUND, Role.HBONE)
-"""The listeners of pods' connections; every pod has them."""
+"""The listeners of pods' connections; every pod has them, ours or a stock proxy's."""
+DNS_ROLES: Final = (Role.DNS, Role.DNS_UDP)
+"""Always the agent's own."""
 
 
 class PodFlag(IntFlag):
@@ -125,6 +128,7 @@ class PodFlag(IntFlag):
     DNS = 1 << 6  # its queries go to the agent, as long as that answers
     SAME_NODE = 1 << 7  # the kernel may carry connections to and from other pods of the node
     PLAINTEXT = 1 << 8  # and plaintext from elsewhere
+    PROXIED = 1 << 9  # a stock proxy serves its connections, not the agent
 
 
 class Report(IntEnum):
@@ -229,6 +233,8 @@ MAPS: Final[tuple[MapSpec, ...]] = (
     MapSpec("flow_quota", 23, MapType.ARRAY, 4, 24, 1, MapFlag.MMAPABLE),
     MapSpec("flow_records", 24, MapType.QUEUE, 0, 80, 4096),
     MapSpec("flow_reports", 25, MapType.QUEUE, 0, 56, 4096),
+    # By cgroup v2 id: where the processes of a stock proxy run.
+    MapSpec("proxy_cgroups", 26, MapType.HASH, 8, 4, 64),
 )
 
 MAPS_BY_NUMBER: Final = {spec.number: spec for spec in MAPS}
@@ -283,6 +289,7 @@ def cflags() -> tuple[str, ...]:
         "SLOT_SOURCE_ONLY": 1,
         "STEER_MARK": f"{STEER_MARK:#x}",
         "STEER_MASK": f"{STEER_MASK:#x}",
+        "AGENT_MARK": f"{AGENT_MARK:#x}",
         "HBONE_PORT": HBONE_PORT,
         "DNS_PORT": DNS_PORT,
         **{f"MAP_{spec.name.upper()}": spec.number for spec in MAPS},

@@ -6,10 +6,11 @@
 // pod's policy route hands the SYN to the outbound listener, unless the kernel
 // may carry the connection itself. The address is
 // never rewritten: getpeername() in the app and getsockname() in the agent
-// both stay true.
-// Reads: user_ip4, user_port, protocol, sk, the netns cookie.
+// both stay true. A stock proxy's own dials are recognised and let through.
+// Reads: user_ip4, user_port, protocol, sk, the netns cookie, the caller's cgroup.
 // Maps: pods, pod_config, addresses, exempt_ports, exempt_cidrs, mesh,
-// local_pods, verdicts, epochs, heartbeat, listeners; writes decisions, captured.
+// local_pods, verdicts, epochs, heartbeat, listeners, proxy_cgroups; writes decisions,
+// captured, agent_sockets.
 // Returns: 1 (let connect proceed), or 0 with -ECONNREFUSED when the pod fails
 // closed and no agent listens.
 // Budget: 4096 verified instructions.

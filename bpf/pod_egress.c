@@ -9,7 +9,8 @@
 // take the same way to the agent's DNS proxy, if the pod has it.
 // Reads: headers, skb->sk and its storage.
 // Maps: pod_config, addresses, exempt_ports, exempt_cidrs, mesh, heartbeat,
-// listeners, agent_sockets, flows; writes decisions, captured, flows, flow_counts.
+// listeners, proxy_cgroups, flows; writes decisions, captured, agent_sockets, flows,
+// flow_counts.
 // Returns: GO_ON (leaves as it is), a redirect, or TC_ACT_SHOT.
 // Budget: 8192 verified instructions.
 //
@@ -52,6 +53,13 @@ INLINE int to_loopback(struct __sk_buff *skb)
         return TC_ACT_SHOT;
     skb->mark = STEER_MARK;
     return bpf_redirect(LOOPBACK_IFINDEX, BPF_F_INGRESS);
+}
+
+// Where there is no connect hook, or it did not run.
+INLINE int is_proxy_dial(struct __sk_buff *skb, struct bpf_sock *sk, u32 pod)
+{
+    return sk->mark == AGENT_MARK && (pod_flags(pod) & POD_PROXIED) &&
+           is_proxy(AGENT_MARK, bpf_skb_cgroup_id(skb)) && set_agent_socket(sk);
 }
 
 INLINE int agent_holds(struct __sk_buff *skb, const struct packet *p)
@@ -166,7 +174,7 @@ int pod_egress(struct __sk_buff *skb)
     // A flow is what it was when it was opened.
     if (sk && !(usual_flags(skb, protocol_of(skb)) & (TCP_SYN | UNUSUAL)) && !is_captured(sk))
         return GO_ON;
-    if (sk && is_agent_socket(sk)) {
+    if (sk && (is_agent_socket(sk) || is_proxy_dial(skb, sk, pod))) {
         count(DECISION_AGENT_SOCKET);
         return GO_ON;
     }

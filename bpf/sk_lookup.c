@@ -26,12 +26,12 @@
 
 #include <meshbpf/carry.h>
 
-INLINE int hand_over(struct bpf_sk_lookup *ctx, u32 pod, u16 role)
+INLINE int hand_over(struct bpf_sk_lookup *ctx, u32 pod, u32 flags, u16 role)
 {
     struct bpf_sock *listener;
     long error;
 
-    if (!agent_beats())
+    if (!is_answered(flags, role))
         return -1;
     listener = find_listener(pod, role, ctx->family);
     if (!listener)
@@ -114,14 +114,14 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
             return SK_PASS;
         if (ctx->protocol == IPPROTO_UDP) {
             // Only TC sends such a datagram this way; the client repeats a lost one.
-            if (hand_over(ctx, pod, ROLE_DNS_UDP))
+            if (hand_over(ctx, pod, flags, ROLE_DNS_UDP))
                 return SK_DROP;
             count(DECISION_DNS_QUERY);
             return SK_PASS;
         }
-        if (port == DNS_PORT && (flags & POD_DNS) && hand_over(ctx, pod, ROLE_DNS) == 0)
+        if (port == DNS_PORT && (flags & POD_DNS) && hand_over(ctx, pod, flags, ROLE_DNS) == 0)
             return SK_PASS;
-        if (hand_over(ctx, pod, ROLE_OUTBOUND)) {
+        if (hand_over(ctx, pod, flags, ROLE_OUTBOUND)) {
             count(DECISION_REFUSED_OUTBOUND_SOCKET);
             return SK_DROP;
         }
@@ -153,7 +153,7 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
         return SK_PASS;
     }
     role = port == HBONE_PORT ? ROLE_HBONE : ROLE_INBOUND;
-    if (hand_over(ctx, pod, role) == 0) {
+    if (hand_over(ctx, pod, flags, role) == 0) {
         count(role == ROLE_HBONE ? DECISION_HBONE : DECISION_INBOUND);
         return SK_PASS;
     }

@@ -130,6 +130,19 @@ _OPTIONS: tuple[Any, ...] = (
         help="Who carries connections between captured pods of this node that policy allows: the "
         "kernel, or HBONE through the agent.  [default: kernel]",
     ),
+    click.option(
+        "--proxy",
+        type=click.Choice(["meshbpf", "ztunnel"]),
+        help="Who serves the connections of captured pods: this agent, or a stock ztunnel that "
+        "runs beside it.  [default: meshbpf]",
+    ),
+    click.option(
+        "--zds-socket",
+        type=_FILE,
+        metavar="PATH",
+        help="Where that ztunnel asks for pods (its INPOD_UDS).  "
+        "[default: /var/run/ztunnel/ztunnel.sock]",
+    ),
     exemption_options,
     click.option(
         "--dns/--no-dns",

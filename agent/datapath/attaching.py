@@ -66,7 +66,7 @@ class Attacher:
             self.records.put(record)
             pod_maps = PodMaps(self.maps)
             pod_maps.fill(record)
-            pod_maps.set_listeners(record.index, listeners)
+            pod_maps.set_listeners(record, listeners)
             self._put_in_place(record, pod.netns)
             pod_maps.start_connect_hook(record)
             record = msgspec.structs.replace(record, phase=Phase.ATTACHED)
@@ -98,7 +98,7 @@ class Attacher:
         pod_maps = PodMaps(self.maps)
         try:
             pod_maps.change(before, after)
-            pod_maps.set_listeners(after.index, listeners)
+            pod_maps.set_listeners(after, listeners)
             self._put_in_place(after, pod.netns)
         except BaseException:
             pod_maps.change(after, before)
@@ -209,7 +209,11 @@ class Attacher:
         )
         fail_open = pod.on_agent_down is OnAgentDown.OPEN
         carries = self.carries if pod.same_node else self.carries & ~PodFlag.SAME_NODE
-        flags = flags_of(record, fail_open=fail_open, dns=pod.dns, carries=carries)
+        if pod.proxied:
+            carries = PodFlag.NONE  # what the proxy would say, nobody here knows
+        flags = flags_of(
+            record, fail_open=fail_open, dns=pod.dns, carries=carries, proxied=pod.proxied
+        )
         return msgspec.structs.replace(record, flags=int(flags))
 
     def _points(self, netns: Netns, view: PodView) -> Iterator[TcPoint]:

@@ -21,7 +21,12 @@ _SO_MARK = 36  # asm-generic/socket.h; the socket module has no name for it
 
 
 def flags_of(
-    record: PodRecord, *, fail_open: bool, dns: bool, carries: PodFlag = PodFlag.NONE
+    record: PodRecord,
+    *,
+    fail_open: bool,
+    dns: bool,
+    carries: PodFlag = PodFlag.NONE,
+    proxied: bool = False,
 ) -> PodFlag:
     """The `pod_config` flags that a record stands for.
 
@@ -36,6 +41,8 @@ def flags_of(
         flags &= ~PodFlag.PLAINTEXT
     if fail_open:
         flags |= PodFlag.FAIL_OPEN
+    if proxied:
+        flags |= PodFlag.PROXIED
     if dns:
         flags |= PodFlag.DNS
     if record.exempt_ports:
@@ -133,19 +140,23 @@ class PodMaps:
         """The reverse."""
         self.maps["pods"].delete(codecs.u64(record.cookie))
 
-    def set_listeners(self, pod: int, listeners: ListenerMap) -> None:
+    def set_listeners(self, record: PodRecord, listeners: ListenerMap) -> None:
         """Put these listeners into their slots; a slot that is not named is emptied.
+
+        Those of a stock proxy's pod are not: ours come and go without its own.
 
         They get SO_REUSEADDR, and what they accept inherits it: accepted
         sockets are bound to the ports of the original destinations, and an
         application that opens its own :80 must not find it taken by them.
         Outbound ones get a mark (see AGENT_MARK).
         """
+        pod, proxied = record.index, bool(record.flags & PodFlag.PROXIED)
         for role in Role:
             for family in codecs.FAMILIES:
                 sock = listeners.get((role, family))
                 if sock is None:
-                    self._drop_listener(pod, role, family)
+                    if not proxied:
+                        self._drop_listener(pod, role, family)
                 else:
                     if role is not Role.DNS_UDP:
                         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -225,7 +225,16 @@ class Steering:
             record = self._records.named(key)
             if record is None:
                 raise MeshbpfError("not-attached", f"{key} is not attached")
-            PodMaps(self._maps).set_listeners(record.index, listeners)
+            PodMaps(self._maps).set_listeners(record, listeners)
+
+    def admit_proxy(self, cgroups: Iterable[int]) -> None:
+        """Processes in these cgroups (v2 ids), and no others, may dial as the stock proxy."""
+        wanted = {codecs.u64(one) for one in cgroups}
+        with self._lock:
+            admitted = self._maps["proxy_cgroups"]
+            for key in wanted:
+                admitted.update(key, _PRESENT)
+            admitted.delete_many(key for key in list(admitted.keys()) if key not in wanted)
 
     # --- flows that the kernel carries ----------------------------------------
 

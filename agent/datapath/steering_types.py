@@ -43,6 +43,8 @@ class PodSteering:
     """Its DNS queries go to the listeners of the two DNS roles, where there are such."""
     same_node: bool = True
     """The kernel may carry its connections from and to other pods of the node."""
+    proxied: bool = False
+    """A stock proxy serves its connections: listeners that are not given stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ from meshbpf.agent.runtime.readiness import Readiness
 from meshbpf.agent.runtime.reconcile import Reconciler
 from meshbpf.agent.runtime.revocation import RevocationSource
 from meshbpf.agent.runtime.state_dir import StateDir
+from meshbpf.agent.runtime.stock_proxy import StockProxy
 from meshbpf.agent.runtime.takeover import Predecessors
 from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.traffic_metrics import check_allowed
@@ -82,7 +83,7 @@ class Agent:
         self,
         settings: Settings,
         state_dir: StateDir,
-        issuer: Issuer,
+        issuer: Issuer | None,
         source: MeshSource,
         control: ControlServer,
         cni: ControlServer,
@@ -105,6 +106,7 @@ class Agent:
         self._heartbeat: Heartbeat | None = None
         self._forwarder: Forwarder | None = None
         self._carrying: Carrying | None = None
+        self._proxy: StockProxy | None = None
         self.pods: PodManager | None = None
         self.gate = Gate()
         """Before all accept loops."""
@@ -135,8 +137,9 @@ class Agent:
         self._membership = Membership(source, self._mesh.current, settings.node)
         self._cni = CniService(self._membership, self._pods_when_running, self.readiness.pending)
         cni.handle(CniRequest, self._cni.handle)
-        nursery.start_soon(issuer.run, self._certificates.renew_all)
-        if issuer.remote:
+        if issuer is not None:
+            nursery.start_soon(issuer.run, self._certificates.renew_all)
+        if issuer is not None and issuer.remote:
             self._mesh.on_delta(Prefetch(settings.node, self._certificates).follow)
         self._register_verbs()
         self.monitoring = Monitoring(self._monitored(), nursery)
@@ -182,6 +185,8 @@ class Agent:
             gate=self.gate,
             bounds=Bounds.of_process(settings.pod_connections, settings.pod_memory),
         )
+        if settings.proxy == "ztunnel":
+            self._proxy = StockProxy(settings.zds_socket, steering)
         self.pods = pods = PodManager(
             settings,
             self._state_dir.attachments,
@@ -193,12 +198,15 @@ class Agent:
             store=self._store,
             locator=self._locator,
             carrier=carrying.carrier,
+            proxy=self._proxy,
         )
         await carrying.begin()
         for path in settings.probe_cgroups:
             if not path.is_dir():
                 log.warning("probe cgroup is not there: its probes will be captured", path=path)
         await pods.restore()
+        if self._proxy is not None:  # not before: what a snapshot leaves out is dropped
+            await self._nursery.start(self._proxy.run)
         self.readiness.done("pods")
         self._mesh.on_change(self._mesh_changed)
         self._mesh.settle_with(carrying.carrier.settle)
@@ -362,6 +370,8 @@ class Agent:
 
     async def _first_certificates(self, pods: PodManager) -> None:
         """Wait for one attempt per identity; a failure is shown by `certs` and tried again."""
+        if self._proxy is not None:
+            return
         for pod in pods.list():
             try:
                 await self._certificates.tls(pod.identity)
@@ -478,6 +488,7 @@ class Agent:
             connections=self.carried(),
             predecessors=tuple(one.describe() for one in self.predecessors),
             draining_until=self._draining_until,
+            proxy=self._proxy.info() if self._proxy else None,
             warnings=tuple(self._warnings(failed)),
             statistics=self._counters(),
         )
@@ -528,6 +539,7 @@ class Agent:
         found.extend(f"mesh state: {text}" for text in self._source.warnings())
         found.extend(self._certificates.warnings())
         found.extend(self._crl.warnings() if self._crl else ())
+        found.extend(self._proxy.warnings() if self._proxy else ())
         dropped = self._writer.statistics().dropped
         if dropped:
             found.append(f"{dropped} log records dropped: stderr is not read fast enough")

@@ -68,7 +68,7 @@ class Prepared:
 
     settings: Settings
     state_dir: StateDir
-    issuer: Issuer
+    issuer: Issuer | None
     source: MeshSource
     state: MeshState | None
     control: ControlServer

@@ -102,7 +102,7 @@ class CertificateStore:
 
     def __init__(
         self,
-        issuer: Issuer,
+        issuer: Issuer | None,
         nursery: trio.Nursery,
         *,
         ttl: timedelta,
@@ -118,11 +118,16 @@ class CertificateStore:
         self._rng = rng or random.Random()  # noqa: S311 (jitter, no secret)
         self._held: dict[SpiffeId, _Held] = {}
         self._queue = FetchQueue()
-        self._roots_pem = issuer.roots_pem
+        self._roots_pem = issuer.roots_pem if issuer is not None else b""
         self._issued = self._failed = 0
 
     def hold(self, identity: SpiffeId, pod: str) -> None:
-        """`pod` (NS/NAME) runs under `identity`: see that it has a certificate."""
+        """`pod` (NS/NAME) runs under `identity`: see that it has a certificate.
+
+        Nothing where there is no issuer: then another proxy has them.
+        """
+        if self._issuer is None:
+            return
         self._wanted(identity).pods.add(pod)
 
     def release(self, identity: SpiffeId, pod: str) -> None:
@@ -143,7 +148,7 @@ class CertificateStore:
 
     def renew_all(self) -> None:
         """The signer or its roots change: do not wait for half-life."""
-        if roots_pem := self._issuer.roots_pem:
+        if self._issuer is not None and (roots_pem := self._issuer.roots_pem):
             self._follow_roots(roots_pem)
         self._hurry()
 
@@ -211,7 +216,7 @@ class CertificateStore:
 
     def warnings(self) -> list[str]:
         """What is wrong with the signer and with single certificates, for `status`."""
-        found = list(self._issuer.warnings())
+        found = list(self._issuer.warnings()) if self._issuer is not None else []
         for one in self._held.values():
             if one.error is not None:
                 found.append(f"certificate of {one.identity}: {one.error.what}")
@@ -280,6 +285,7 @@ class CertificateStore:
     async def _obtain(self, held: _Held) -> None:
         async with self._queue.slot(held.turn):
             started = self._now()
+            assert self._issuer is not None  # noqa: S101 (without one nothing is held)
             issued = await self._issuer.issue(
                 held.identity, started - CLOCK_SKEW, started + self._ttl
             )

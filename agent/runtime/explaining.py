@@ -57,7 +57,8 @@ class Explaining:
             outcome = Outcome.PLAINTEXT
         else:
             if pod is not None:
-                steps.append(Step("capture", "handed to the agent", f"{target.ip} is in the mesh"))
+                proxy = "ztunnel" if pod.proxied else "the agent"
+                steps.append(Step("capture", f"handed to {proxy}", f"{target.ip} is in the mesh"))
             outcome, more = explain(mesh, source, target, self._rng)
             steps += more
             objects = self._objects()

@@ -18,7 +18,7 @@ from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.tuning import Tuning
 from meshbpf.agent.datapath.netns import Netns
-from meshbpf.agent.datapath.steering import AttachedPod, Steering
+from meshbpf.agent.datapath.steering import AttachedPod, Role, Steering
 from meshbpf.agent.runtime.attachments import Attachment
 from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.local_pod import LocalPod
@@ -30,6 +30,7 @@ from meshbpf.agent.runtime.pod_sockets import (
     open_listeners,
     pod_steering,
 )
+from meshbpf.bpf import DNS_ROLES
 
 SERVE_RETRY_S = 1.0
 STOP_S = 3.0
@@ -64,6 +65,8 @@ class Pod:
     kernel: AttachedPod | None = None
     local: LocalPod | None = None
     """The pod as the forwarder sees it."""
+    proxied: bool = False
+    """A stock proxy serves its connections; DNS alone is ours."""
     retired: bool = False
     """A successor has its listeners: none may be opened or registered any more."""
     _netns: Netns | None = None
@@ -88,6 +91,16 @@ class Pod:
             return "waiting"
         return "failed" if self.reason or self.kernel is None else "attached"
 
+    @property
+    def netns(self) -> Netns | None:
+        """Its namespace, as long as it is attached; the pod closes it."""
+        return self._netns
+
+    @property
+    def _roles(self) -> tuple[Role, ...]:
+        """Whose listeners are ours."""
+        return DNS_ROLES if self.proxied else tuple(Role)
+
     def attach_blocking(self, steering: Steering, store: FdStore) -> None:
         """Open the listeners, or take an earlier agent's, then let the kernel capture.
 
@@ -100,8 +113,9 @@ class Pod:
             inherited = listeners = store.take(self.key, netns)
             for sock in inherited.values():
                 steering.protect(sock)
-            listeners = open_listeners(PodSockets(netns, steering.protect), inherited)
-            kernel = steering.attach(pod_steering(self.attachment, netns), listeners)
+            sockets = PodSockets(netns, steering.protect)
+            listeners = open_listeners(sockets, inherited, self._roles)
+            kernel = steering.attach(pod_steering(self.attachment, netns, self.proxied), listeners)
         except BaseException:
             close_all(listeners)
             netns.close()
@@ -129,7 +143,8 @@ class Pod:
     def update_blocking(self, steering: Steering, wanted: Attachment) -> None:
         """Give the kernel new options for a pod whose account and namespace stay."""
         assert self._netns is not None  # noqa: S101 (it is attached)
-        self.kernel = steering.attach(pod_steering(wanted, self._netns), self._listeners)
+        steered = pod_steering(wanted, self._netns, self.proxied)
+        self.kernel = steering.attach(steered, self._listeners)
         self.attachment = wanted
 
     async def serve(
@@ -200,7 +215,7 @@ class Pod:
 
     def _reopen_blocking(self, steering: Steering, store: FdStore) -> None:
         assert self._netns is not None  # noqa: S101 (it is attached)
-        fresh = open_listeners(PodSockets(self._netns, steering.protect))
+        fresh = open_listeners(PodSockets(self._netns, steering.protect), roles=self._roles)
         try:
             steering.set_listeners(self.key, fresh)
         except BaseException:

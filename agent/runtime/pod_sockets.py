@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from ipaddress import IPv6Address, ip_network
 from pathlib import Path
 from types import MappingProxyType
@@ -157,21 +157,29 @@ class PodSockets:
 
 
 def open_listeners(
-    sockets: PodSockets, inherited: Listeners = MappingProxyType({})
+    sockets: PodSockets,
+    inherited: Listeners = MappingProxyType({}),
+    roles: Collection[Role] = tuple(Role),
 ) -> dict[tuple[Role, int], socket.socket]:
     """One listener per role and family; a namespace without IPv6 gets IPv4 ones alone.
 
     Those of DNS are there whether the pod's queries come or not: an attach may
     change that later.
 
-    Those `inherited` from an earlier agent are used as they are. Blocking.
+    Those `inherited` from an earlier agent are used as they are, those of other
+    roles closed. Blocking.
     Raises MeshbpfError; then none stays open.
     """
-    opened: dict[tuple[Role, int], socket.socket] = dict(inherited)
+    opened: dict[tuple[Role, int], socket.socket] = {}
+    for key, sock in inherited.items():
+        if key[0] in roles:
+            opened[key] = sock
+        else:
+            sock.close()
     try:
         for family in FAMILIES:
             try:
-                for role in Role:
+                for role in roles:
                     if (role, int(family)) in opened:
                         continue
                     if role is Role.DNS_UDP:
@@ -196,7 +204,7 @@ def open_listeners(
     return opened
 
 
-def pod_steering(attachment: Attachment, netns: Netns) -> PodSteering:
+def pod_steering(attachment: Attachment, netns: Netns, proxied: bool) -> PodSteering:
     """The attachment in the datapath's terms."""
     return PodSteering(
         key=attachment.pod,
@@ -207,6 +215,7 @@ def pod_steering(attachment: Attachment, netns: Netns) -> PodSteering:
         exempt_cidrs=tuple(map(ip_network, attachment.exempt_cidrs)),
         exempt_interfaces=frozenset(attachment.exempt_interfaces),
         dns=attachment.dns,
+        proxied=proxied,
     )
 
 

@@ -45,6 +45,7 @@ from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.pod import Pod, PodServer
+from meshbpf.agent.runtime.stock_proxy import StockProxy
 
 NOT_HERE = "no pod of that name runs on this node"
 WATCH_S = 1.0
@@ -69,7 +70,9 @@ class PodManager:
         store: FdStore,
         locator: Locator,
         carrier: Carrier | None = None,
+        proxy: StockProxy | None = None,
     ) -> None:
+        self._proxy = proxy
         self._locator = locator
         self._carrier = carrier
         self._mesh_changed = trio.Event()
@@ -184,7 +187,7 @@ class PodManager:
             for key, attachment in sorted(recorded.items()):
                 waits = attachment.by_name and not attachment.sandbox
                 if attachment.still_there() and not waits:
-                    pod = Pod(attachment, self._identity(attachment), self._settings.tuning)
+                    pod = self._pod(attachment)
                     await self._try(pod, "pod taken over")
                 elif attachment.by_name:
                     log.info("pod is not here now, waiting for one of its name", pod=key)
@@ -260,6 +263,8 @@ class PodManager:
         )
         for pod in self._pods.values():
             pod.retire()
+        if self._proxy is not None:
+            self._proxy.close()
 
     async def watch_retired(self) -> None:
         """Let go of pods whose namespace went away, until cancelled: we hold it open."""
@@ -311,7 +316,7 @@ class PodManager:
                 pod = await self._replace(old, wanted)
             except Exception as error:  # noqa: BLE001 (one pod's trouble stays its own)
                 self._pods.pop(key, None)
-                self._fail(Pod(wanted, self._identity(wanted), self._settings.tuning), error)
+                self._fail(self._pod(wanted), error)
             else:
                 log.info("pod recreated, attached again", pod=key, identity=pod.identity)
             await self._save()
@@ -336,7 +341,7 @@ class PodManager:
 
     async def _start(self, attachment: Attachment) -> Pod:
         """Attach and serve. Raises MeshbpfError; then nothing is left behind."""
-        pod = Pod(attachment, self._identity(attachment), self._settings.tuning)
+        pod = self._pod(attachment)
         self._certificates.hold(pod.identity, pod.key)
         try:
             await trio.to_thread.run_sync(pod.attach_blocking, self._steering, self._store)
@@ -346,7 +351,7 @@ class PodManager:
                 self._certificates.release(pod.identity, pod.key)
             raise
         self._warn_of_doubts(pod)
-        if self._carrier is not None and pod.local is not None:
+        if self._carrier is not None and pod.local is not None and not pod.proxied:
             self._carrier.add(pod.local)
         self._pods[pod.key] = pod
         self._nursery.start_soon(
@@ -357,6 +362,9 @@ class PodManager:
             self._store,
             name=f"pod {pod.key}",
         )
+        if self._proxy is not None and pod.netns is not None:
+            self._proxy.add(attachment, pod.netns)
+            await self._proxy.until_served(pod.key)
         return pod
 
     async def _replace(self, old: Pod, wanted: Attachment) -> Pod:
@@ -385,6 +393,8 @@ class PodManager:
         # Lifting the capture destroys sockets: peers are told before that.
         self._server.drain([pod.key])
         await trio.to_thread.run_sync(self._steering.detach, pod.key)
+        if self._proxy is not None:
+            self._proxy.remove(pod.key)
         if self._carrier is not None and pod.local is not None:
             self._carrier.remove(pod.local.index)
         await trio.to_thread.run_sync(self._store.drop, pod.key)
@@ -429,6 +439,11 @@ class PodManager:
             self._certificates.hold(pod.identity, pod.key)
 
     # --- helpers ------------------------------------------------------------
+
+    def _pod(self, attachment: Attachment) -> Pod:
+        proxied = self._proxy is not None
+        tuning = self._settings.tuning
+        return Pod(attachment, self._identity(attachment), tuning, proxied=proxied)
 
     def _identity(self, attachment: Attachment) -> SpiffeId:
         return identity(attachment, self._settings, self._mesh())

@@ -28,11 +28,13 @@ def xds_source(settings: Settings, environ: Mapping[str, str]) -> XdsSource:
     )
 
 
-def issuer(settings: Settings, environ: Mapping[str, str]) -> tuple[Issuer, str]:
-    """Who signs, and the trust domain that it signs for, where it says so.
+def issuer(settings: Settings, environ: Mapping[str, str]) -> tuple[Issuer | None, str]:
+    """Who signs, and the trust domain that it signs for, where it says so; None: nobody.
 
     Raises MeshbpfError when the embedded CA cannot be loaded.
     """
+    if settings.proxy == "ztunnel":
+        return None, ""
     if settings.ca_dir is not None:
         embedded = EmbeddedIssuer(settings.ca_dir)
         return embedded, embedded.trust_domain

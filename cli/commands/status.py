@@ -54,6 +54,10 @@ def _facts(status: StatusResult) -> Iterator[tuple[str, CellLike]]:
     yield "trust domain", status.trust_domain
     yield "network", status.network
     yield "capture", _capture(status)
+    if status.proxy is not None:
+        gone = Cell(f"{status.proxy.kind}, not connected to {status.proxy.socket}", Style.BAD)
+        here = f"{status.proxy.kind}, pid {status.proxy.pid}, by {status.proxy.socket}"
+        yield "proxy", here if status.proxy.pid else gone
     pods = status.pods
     yield (
         "pods",

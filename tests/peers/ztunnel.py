@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,11 @@ class ZtunnelBuild:
     root_key: Path | None
 
 
+def zds_socket(bed: Testbed, node: int) -> Path:
+    """Where a node's ztunnel asks for pods."""
+    return bed.directory / f"zds{node}.sock"
+
+
 def find_build() -> ZtunnelBuild | None:
     """What ZTUNNEL and ZTUNNEL_CA name; None when ZTUNNEL is not set or empty."""
     given = os.environ.get("ZTUNNEL", "")
@@ -80,8 +86,22 @@ class Ztunnel:
 
     def __init__(self, bed: Testbed, node: int, build: ZtunnelBuild) -> None:
         self.bed, self.node, self.build = bed, node, build
-        self._zds = ZdsServer(bed.directory / f"zds{node}.sock")
+        self._zds: ZdsServer | None = ZdsServer(zds_socket(bed, node))
+        self._wrapper: tuple[str, ...] = ()
         self._program: Program | None = None
+
+    @classmethod
+    def of_agent(cls, bed: Testbed, node: int, build: ZtunnelBuild) -> Ztunnel:
+        """One that asks the node's agent for pods, in the testbed's cgroup.
+
+        Start the agent with `--proxy ztunnel` and the socket of `zds_socket`.
+        """
+        self = cls.__new__(cls)
+        self.bed, self.node, self.build = bed, node, build
+        self._zds, self._program = None, None
+        join = f'echo $$ > {bed.cgroup}/cgroup.procs && exec "$@"'
+        self._wrapper = ("sh", "-c", join, "ztunnel")
+        return self
 
     def __enter__(self) -> Self:
         return self
@@ -89,7 +109,8 @@ class Ztunnel:
     def __exit__(self, *_: object) -> None:
         if self._program is not None:
             self._program.end()
-        self._zds.close()
+        if self._zds is not None:
+            self._zds.close()
 
     @property
     def pid(self) -> int:
@@ -109,23 +130,26 @@ class Ztunnel:
             "CA_ADDRESS": "",
             "LOCAL_XDS_PATH": str(self._write_mesh()),
             "NODE_NAME": f"node{self.node}",
-            "INPOD_UDS": str(self._zds.path),
+            "INPOD_UDS": str(zds_socket(self.bed, self.node)),
             "PROXY_MODE": "shared",
             "RUST_LOG": "warn,access=info",
         }
         assignments = [f"{name}={value}" for name, value in (environment | settings).items()]
-        argv = ["env", *assignments, str(self.build.binary)]
+        argv = [*self._wrapper, "env", *assignments, str(self.build.binary)]
         name, netns = f"ztunnel{self.node}", self.bed.node_netns(self.node)
         self._program = Program(self.bed.directory, name, netns, argv)
-        try:
-            self._zds.meet()
-        except TimeoutError as error:
-            raise BedError(f"{name} does not connect:\n{self.program.tail()}") from error
+        if self._zds is not None:
+            try:
+                self._zds.meet()
+            except TimeoutError as error:
+                raise BedError(f"{name} does not connect:\n{self.program.tail()}") from error
         eventually(f"{name} is ready", self._ready, READY_LIMIT_S)
 
     def attach(self, pod: Pod) -> None:
         """Hand the pod over and turn its traffic to ztunnel, as Istio's node agent would."""
         namespace, name = pod.key.split("/")
+        if self._zds is None:
+            raise BedError("the agent hands pods to this ztunnel")
         self._zds.add(pod.key, name, namespace, pod.service_account, NETNS_DIR / pod.netns)
         for command, listing in (("iptables", "-4"), ("ip6tables", "-6")):
             self._restore(pod, command)
@@ -147,6 +171,9 @@ class Ztunnel:
                     "100",
                 ],
             )
+
+    def kill9(self) -> None:
+        self.program.end(signal.SIGKILL)
 
     def log(self) -> str:
         return self.program.log.read_text(errors="replace")

@@ -12,6 +12,7 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define SOL_SOCKET 1
+#define SO_BINDTODEVICE 25
 #define SO_MARK 36
 #define SOCK_STREAM 1
 #define ECONNREFUSED 111

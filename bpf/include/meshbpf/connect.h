@@ -36,6 +36,42 @@ INLINE int may_carry(const struct bpf_sock_addr *ctx, u32 pod, const struct pod_
     return find_pair(&key, pod, &source, destination, bpf_ntohs(ctx->user_port)) != 0;
 }
 
+// A stock proxy dials the app under the client's address. Like our own such sockets
+// (agent/runtime/pod_sockets.py) the dial must take lo, and its mark must come back
+// with the app's answers: addressed to the client, they would leave the pod.
+INLINE void keep_inside(struct bpf_sock_addr *ctx, u32 pod, const struct address *destination)
+{
+    u32 mark = STEER_MARK, word0, word1, word2, word3;
+    struct bpf_sock *sk = ctx->sk;
+    struct address source = {};
+    char lo[] = "lo";
+
+    if (!sk || !is_own_address(pod, destination))
+        return;
+    if (sk->family == AF_INET) {
+        word3 = sk->src_ip4;
+        asm volatile("" : "+r"(word3)); // as in sk_lookup.c
+        if (!word3)
+            return;
+        map_v4(&source, word3);
+    } else {
+        word0 = sk->src_ip6[0];
+        word1 = sk->src_ip6[1];
+        word2 = sk->src_ip6[2];
+        word3 = sk->src_ip6[3];
+        if (!(word0 | word1 | word2 | word3))
+            return;
+        source.word[0] = word0;
+        source.word[1] = word1;
+        source.word[2] = word2;
+        source.word[3] = word3;
+    }
+    if (is_own_address(pod, &source) || is_loopback(&source))
+        return;
+    bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+    bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, lo, sizeof(lo));
+}
+
 INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destination)
 {
     struct pod_config *config;
@@ -59,6 +95,12 @@ INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destinati
     if (!config)
         return PROCEED;
     bpf_getsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+    if ((config->flags & POD_PROXIED) && is_proxy(mark, bpf_get_current_cgroup_id())) {
+        if (set_agent_socket(ctx->sk))
+            keep_inside(ctx, *pod, destination);
+        count(DECISION_AGENT_SOCKET);
+        return PROCEED;
+    }
 
     verdict = judge(*pod, config->flags, destination, bpf_ntohs(ctx->user_port));
     if (verdict == IN_MESH) {

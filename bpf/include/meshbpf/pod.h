@@ -85,11 +85,20 @@ INLINE struct bpf_sock *find_listener(u32 pod, u16 role, u16 family)
     return map_find(MAP_LISTENERS, &key);
 }
 
-INLINE int agent_accepts(u32 pod, u16 role, u16 family)
+// Who answers in a role: a stock proxy holds its listeners itself and needs no
+// beat of ours; DNS is the agent's for every pod.
+INLINE int is_answered(u32 flags, u16 role)
+{
+    if ((flags & POD_PROXIED) && role != ROLE_DNS && role != ROLE_DNS_UDP)
+        return 1;
+    return agent_beats();
+}
+
+INLINE int agent_accepts(u32 pod, u32 flags, u16 role, u16 family)
 {
     struct bpf_sock *listener;
 
-    if (!agent_beats())
+    if (!is_answered(flags, role))
         return 0;
     listener = find_listener(pod, role, family);
     if (!listener)
@@ -105,7 +114,7 @@ INLINE int asks_agent(u32 pod, u32 flags, u16 role, const struct address *resolv
 {
     if (!(flags & POD_DNS))
         return 0;
-    if (agent_accepts(pod, role, is_v4(resolver) ? AF_INET : AF_INET6))
+    if (agent_accepts(pod, flags, role, is_v4(resolver) ? AF_INET : AF_INET6))
         return 1;
     count(DECISION_DNS_DIRECT);
     return 0;

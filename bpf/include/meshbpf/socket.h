@@ -7,10 +7,25 @@
 
 #include "base.h"
 
-// `agent_sockets` is written by the agent, by bpf(2), before connect().
+// `agent_sockets` is written by the agent, by bpf(2), before connect(); for a stock
+// proxy, which knows nothing of it, by the first hook that sees it dial.
 INLINE int is_agent_socket(struct bpf_sock *sk)
 {
     return bpf_sk_storage_get(map_handle(MAP_AGENT_SOCKETS), sk, 0, 0) != 0;
+}
+
+// A socket that a stock proxy dials with is as good as one of ours.
+INLINE int set_agent_socket(struct bpf_sock *sk)
+{
+    return bpf_sk_storage_get(map_handle(MAP_AGENT_SOCKETS), sk, 0,
+                              BPF_SK_STORAGE_GET_F_CREATE) != 0;
+}
+
+// Whether it dials from a process of the stock proxy: any pod may set the mark, so
+// the cgroup must agree.
+INLINE int is_proxy(u32 mark, u64 cgroup)
+{
+    return mark == AGENT_MARK && map_find(MAP_PROXY_CGROUPS, &cgroup);
 }
 
 // A flow captured once goes to the agent until it ends: when the agent has

@@ -27,6 +27,9 @@ INLINE enum verdict judge(u32 pod, u32 flags, const struct address *destination,
     if (is_in_mesh(destination))
         return IN_MESH;
     // Nobody keeps the map true any more: what it does not know may be mesh by now.
+    // A stock proxy knows by itself.
+    if ((flags & POD_PROXIED) && !lease_is_fresh())
+        return IN_MESH;
     if (!(flags & POD_FAIL_OPEN) && !lease_is_fresh()) {
         count(DECISION_REFUSED_LEASE);
         return REFUSE;
@@ -39,7 +42,7 @@ INLINE enum verdict judge(u32 pod, u32 flags, const struct address *destination,
 // hook that carries CAPTURE out counts it.
 INLINE enum verdict ask_agent(u32 pod, u32 flags, const struct address *destination)
 {
-    if (agent_accepts(pod, ROLE_OUTBOUND, is_v4(destination) ? AF_INET : AF_INET6))
+    if (agent_accepts(pod, flags, ROLE_OUTBOUND, is_v4(destination) ? AF_INET : AF_INET6))
         return CAPTURE;
     if (flags & POD_FAIL_OPEN) {
         count(DECISION_OPEN_OUT);
