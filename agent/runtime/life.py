@@ -99,7 +99,12 @@ class Life:
         opened, agent = self._opened, self._agent
         if opened.predecessor is None or opened.inheritance is None:
             self._serve_fronts()
-            await agent.start(opened.state)
+            async with trio.open_nursery() as waiting:
+                waiting.start_soon(
+                    supervised.ask_for_patience, opened.notifier, agent.readiness.pending
+                )
+                await agent.start(opened.state)
+                waiting.cancel_scope.cancel()
             return
         agent.gate.close()
         agent.predecessors.inherit(opened.inheritance)

@@ -70,6 +70,10 @@ class Notifier:
         """The service is up: `systemctl start` returns."""
         self._send(f"READY=1\nSTATUS={_line(status)}")
 
+    def starting(self, status: str, within_s: float) -> None:
+        """Not up yet, and not stuck: `systemctl start` is to wait `within_s` from now on."""
+        self._send(f"STATUS={_line(status)}\nEXTEND_TIMEOUT_USEC={int(within_s * 1e6)}")
+
     def status(self, text: str) -> None:
         """One line for `systemctl status`."""
         self._send(f"STATUS={_line(text)}")

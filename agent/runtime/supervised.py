@@ -9,7 +9,7 @@ the kernel takes for dead already; the manager then starts another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Protocol
 
@@ -23,6 +23,12 @@ STATUS_S = 5.0
 """How often the status line is brought up to date, at most."""
 TURNS_PER_WATCHDOG = 4
 """Three lost turns are no reason to end an agent."""
+
+PATIENCE_S = 60.0
+PATIENCE_EVERY_S = 15.0
+"""While a control plane is awaited, the manager is asked this often to wait that long."""
+_OF_OTHERS = frozenset({"mesh-state", "certificates"})
+"""What an agent lacks through no fault of its own: another one would lack it too."""
 
 STOP_MARGIN_S = 10.0
 """What an end takes beyond its draining, at most."""
@@ -38,6 +44,20 @@ class Supervised(Protocol):
 
     def datapath_answers(self) -> bool:
         """Whether the kernel side does its part. Called in a thread; may raise MeshbpfError."""
+
+
+async def ask_for_patience(notifier: Notifier, pending: Callable[[], Collection[str]]) -> None:
+    """Keep the manager from ending an agent that waits for a control plane, until cancelled.
+
+    `pending` names what it lacks. A start that hangs in anything else runs into
+    the unit's TimeoutStartSec, as it should.
+    """
+    while notifier.listens:
+        await trio.sleep(PATIENCE_EVERY_S)
+        missing = pending()
+        if "bpf" not in missing and _OF_OTHERS.intersection(missing):
+            status = f"not ready, pending {', '.join(missing)}"
+            await _send(partial(notifier.starting, status, PATIENCE_S))
 
 
 async def tell(

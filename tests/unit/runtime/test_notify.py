@@ -181,3 +181,11 @@ def test_the_end_asks_for_the_time_that_it_needs(manager: Manager) -> None:
     assert manager.receive()[0]["EXTEND_TIMEOUT_USEC"] == "15000000"
     manager.notifier().main_pid(77)
     assert manager.receive()[0] == {"MAINPID": "77"}
+
+
+def test_a_start_that_takes_its_time_is_told(manager: Manager) -> None:
+    manager.notifier().starting("not ready, pending mesh-state", 60.0)
+    assert manager.receive()[0] == {
+        "STATUS": "not ready, pending mesh-state",
+        "EXTEND_TIMEOUT_USEC": "60000000",
+    }

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.runtime import supervised
 from meshbpf.agent.runtime.notify import Notifier
 from meshbpf.agent.runtime.supervised import tell
 
@@ -109,3 +110,25 @@ async def test_a_new_status_is_told_once(manager: Manager) -> None:
 async def test_without_a_manager_it_ends_at_once() -> None:
     with trio.fail_after(1.0):
         await tell(Notifier(None, None), Agent())
+
+
+async def test_a_start_that_waits_for_a_control_plane_is_given_time_and_another_is_not(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervised, "PATIENCE_EVERY_S", 0.05)
+    missing = ["bpf", "mesh-state"]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(supervised.ask_for_patience, manager.notifier, lambda: missing)
+        await trio.sleep(0.3)
+        assert manager.heard() == [], "it compiles: the unit's own limit holds"
+        missing.remove("bpf")
+        await manager.hears("STATUS=not ready, pending mesh-state")
+        missing.clear()
+        await trio.sleep(0.2)
+        assert set(manager.heard()) <= {
+            "STATUS=not ready, pending mesh-state",
+            "EXTEND_TIMEOUT_USEC=60000000",
+        }
+        await trio.sleep(0.2)
+        assert manager.heard() == []
+        nursery.cancel_scope.cancel()
