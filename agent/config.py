@@ -122,6 +122,8 @@ class Settings:
     """Who serves the connections of captured pods: this agent, or the ztunnel beside it."""
     zds_socket: Path = DEFAULT_ZDS_SOCKET
     """Where that ztunnel asks for them."""
+    require_waypoint: bool = False
+    """Pods that are bound to a waypoint are reached through it alone: core/admission.py."""
     exempt: Exemptions = Exemptions()
     dns: bool = True
     """The DNS queries of pods are answered here, unless their attach says otherwise."""

@@ -145,6 +145,11 @@ _OPTIONS: tuple[Any, ...] = (
     ),
     exemption_options,
     click.option(
+        "--require-waypoint/--no-require-waypoint",
+        default=None,
+        help="Refuse whoever reaches a pod past the waypoint that it is bound to.  [default: off]",
+    ),
+    click.option(
         "--dns/--no-dns",
         default=None,
         help="Answer the DNS queries of pods from the mesh state, and forward the rest.  "

@@ -13,7 +13,8 @@ from collections.abc import Collection
 from typing import Final
 
 from meshbpf.agent.core.address import IPAddress, SocketAddress
-from meshbpf.agent.core.authz import ConnectionFacts, Decision, authorize
+from meshbpf.agent.core.admission import admission
+from meshbpf.agent.core.authz import ConnectionFacts, Decision
 from meshbpf.agent.core.route import HboneRoute, InboundRoute
 from meshbpf.agent.core.routing import inbound_hbone, inbound_plain, outbound
 from meshbpf.agent.core.store import Snapshot
@@ -55,7 +56,7 @@ def between_pods(
     if not isinstance(inbound, InboundRoute) or inbound.target != target or inbound.proxied:
         return _no(f"{destination} does not take {target}")
     facts = ConnectionFacts(source.identity, source_ip, target.ip, target.port)
-    return _without_rehearsal(authorize(mesh.policies_for(destination), facts))
+    return _without_rehearsal(admission(mesh, destination).decide(facts))
 
 
 def still_allowed(
@@ -72,7 +73,7 @@ def still_allowed(
     """
     identity = None if source is None else source.identity
     facts = ConnectionFacts(identity, source_ip, target.ip, target.port)
-    return authorize(mesh.policies_for(destination), facts)
+    return admission(mesh, destination).decide(facts)
 
 
 def plaintext(mesh: Snapshot, destination: Workload, facts: ConnectionFacts) -> Decision:
@@ -83,7 +84,7 @@ def plaintext(mesh: Snapshot, destination: Workload, facts: ConnectionFacts) -> 
     inbound = inbound_plain(mesh, destination, target)
     if not isinstance(inbound, InboundRoute) or inbound.target != target or inbound.proxied:
         return _no(f"{destination} does not take {target}")
-    return _without_rehearsal(authorize(mesh.policies_for(destination), facts))
+    return _without_rehearsal(admission(mesh, destination).decide(facts))
 
 
 def footprint(
@@ -109,7 +110,8 @@ def footprint(
         )
         for ip in sorted(addresses, key=lambda ip: (ip.version, int(ip)))
     )
-    return (workload, mesh.policies_for(workload), places, services)
+    rules = admission(mesh, workload)
+    return (workload, rules.policies, rules.only_from, places, services)
 
 
 def _no(reason: str) -> Decision:

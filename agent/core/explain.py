@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from meshbpf.agent.core.address import AddressError, SocketAddress, parse_ip
-from meshbpf.agent.core.authz import ConnectionFacts, authorize
+from meshbpf.agent.core.admission import admission
+from meshbpf.agent.core.authz import ConnectionFacts
 from meshbpf.agent.core.balance import usable_endpoints
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.names import RecordType, host
@@ -168,8 +169,8 @@ def _policy(
     facts = ConnectionFacts(
         source.identity if identified else None, address, target.ip, target.port
     )
-    policies = mesh.policies_for(destination)
-    decision = authorize(policies, facts)
+    rules = admission(mesh, destination)
+    policies, decision = rules.policies, rules.decide(facts)
     answer = "allowed" if decision.allowed else "denied"
     names = ", ".join(policy.key for policy in policies) or "none"
     steps = [Step("policy", answer, f"{decision.reason} (policies of {destination}: {names})")]

@@ -63,11 +63,14 @@ class Snapshot:
         "_services_by_hostname",
         "_vips",
         "_workloads",
+        "require_waypoint",
         "version",
     )
 
     def __init__(self) -> None:
         self.version = 0
+        self.require_waypoint = False
+        """A setting, not state: see admission.py. Each snapshot has it from the one before."""
         self._workloads: PersistentMap[str, Workload] = persistent.EMPTY
         # Those who claim an address, whose it is first.
         self._addresses: PersistentMap[PlaceKey, tuple[Workload, ...]] = persistent.EMPTY
@@ -94,6 +97,13 @@ class Snapshot:
     def of(cls, state: MeshState, version: int = 0) -> Snapshot:
         """Index `state`; `version` is the caller's count of states."""
         return cls.EMPTY.after(MeshDelta.whole(state), version)
+
+    @classmethod
+    def empty(cls, *, require_waypoint: bool = False) -> Snapshot:
+        """The one that all others come after."""
+        found = cls()
+        found.require_waypoint = require_waypoint
+        return found
 
     def after(self, delta: MeshDelta, version: int) -> Snapshot:
         """The snapshot that `delta` leads to."""

@@ -35,6 +35,7 @@ def advance(old: Snapshot, delta: MeshDelta, version: int) -> Snapshot:
     """The snapshot after `delta`. The old one stays as it is."""
     new = Snapshot()
     new.version = version
+    new.require_waypoint = old.require_waypoint
     touched: set[ServiceKey] = set()
     _workloads(old, new, delta, touched)
     _services(old, new, delta, touched)

@@ -113,7 +113,7 @@ class Agent:
         self.predecessors = Predecessors(state_dir.path)
         self._draining_until: datetime | None = None
         self.readiness = Readiness("bpf", "certificates", "heartbeat", "mesh-state", "pods")
-        self._mesh = LiveMesh(self._datapath_lock)
+        self._mesh = LiveMesh(self._datapath_lock, require_waypoint=settings.require_waypoint)
         self._exporter = _exporter(settings)
         if self._exporter is not None:
             nursery.start_soon(self._exporter.run)

@@ -18,7 +18,8 @@ from enum import StrEnum
 import trio
 
 from meshbpf.agent.core.address import SocketAddress
-from meshbpf.agent.core.authz import ConnectionFacts, Decision, PolicySet, authorize
+from meshbpf.agent.core.admission import Admission, admission
+from meshbpf.agent.core.authz import ConnectionFacts, Decision
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.service import Service
@@ -121,8 +122,8 @@ class LiveConnection:
     received: ByteCount = field(default_factory=ByteCount)
     facts: ConnectionFacts | None = None
     """What policy judged an inbound connection by; None while nothing was to judge."""
-    judged_by: PolicySet | None = None
-    """The policies that admitted it again when a state came in."""
+    judged_by: Admission | None = None
+    """The rules that admitted it again when a state came in."""
     error: str = ""
     """Why it failed, for the access log; empty while all is well."""
     flag: ResponseFlag = ResponseFlag.NONE
@@ -291,7 +292,7 @@ class ConnectionRegistry:
         policy that could allow anything: its connections are cut too.
         """
         cut = 0
-        in_force: dict[LocalPod, PolicySet | None] = {}
+        in_force: dict[LocalPod, Admission | None] = {}
         # Of the many connections between two pods policy sees no difference.
         decisions: dict[tuple[LocalPod, ConnectionFacts], Decision] = {}
         for live in list(self._live.values()):
@@ -300,14 +301,14 @@ class ConnectionRegistry:
             pod = live.pod
             if pod not in in_force:
                 workload = pod.workload(mesh)
-                in_force[pod] = None if workload is None else mesh.policies_for(workload)
-            policies = in_force[pod]
-            if policies is not None and policies is live.judged_by:
+                in_force[pod] = None if workload is None else admission(mesh, workload)
+            rules = in_force[pod]
+            if rules is not None and rules.says_as(live.judged_by):
                 continue  # nothing that it was judged by has changed
             case = (pod, live.facts)
             if (decision := decisions.get(case)) is None:
                 decision = decisions[case] = decide(pod, live.facts, mesh)
-            live.judged_by = policies
+            live.judged_by = rules
             if not decision.allowed:
                 live.deny(decision)
                 cut += 1
@@ -337,7 +338,7 @@ def decide(pod: LocalPod, facts: ConnectionFacts, mesh: Snapshot) -> Decision:
         return Decision(
             allowed=False, policy=None, reason=f"{pod.key} is not in the mesh state", dry_run=()
         )
-    return authorize(mesh.policies_for(workload), facts)
+    return admission(mesh, workload).decide(facts)
 
 
 def _record(live: LiveConnection, now: float) -> ConnectionRecord:

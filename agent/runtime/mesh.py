@@ -44,7 +44,7 @@ class Destinations(Protocol):
 class LiveMesh:
     """Holds the snapshot that every decision reads; the one writer of mesh state."""
 
-    def __init__(self, datapath_lock: trio.Lock) -> None:
+    def __init__(self, datapath_lock: trio.Lock, *, require_waypoint: bool = False) -> None:
         self._datapath_lock = datapath_lock
         self._writing = trio.Lock()
         self._kernel: Destinations | None = None
@@ -53,7 +53,7 @@ class LiveMesh:
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._settlers: list[Callable[[], Awaitable[object]]] = []
         self._followers: list[Follower] = []
-        self.snapshot = Snapshot.EMPTY
+        self.snapshot = Snapshot.empty(require_waypoint=require_waypoint)
 
     def current(self) -> Snapshot:
         """The snapshot in force, for those who ask on every connection."""

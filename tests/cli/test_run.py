@@ -141,7 +141,7 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--cri-socket", "/run/cri", "--account-wait", "2s"),
         *("--no-dns", "--cluster-domain", "k8s.example"),
         *("--crl-dir", "/etc/meshbpf/crl", "--same-node", "hbone", "--pod-connections", "900"),
-        *("--pod-memory", "1000000"),
+        *("--pod-memory", "1000000", "--require-waypoint"),
         *("--no-keepalive", "--keepalive-time", "1m", "--keepalive-interval", "20s"),
         *("--keepalive-retries", "3", "--user-timeout", "--stream-window", "65535"),
         *("--tunnel-window", "1048576", "--tunnel-streams", "7", "--tunnel-idle", "1m"),
@@ -152,6 +152,7 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (settings.pod_connections, settings.same_node) == (900, "hbone")
     assert (settings.termination_deadline_s, settings.reload_deadline_s) == (3.0, 3600.0)
     assert settings.pod_memory == 1000000
+    assert settings.require_waypoint
     assert settings.tuning == Tuning(
         Keepalive(enabled=False, time_s=60, interval_s=20, retries=3, user_timeout=True),
         stream_window_bytes=65535,

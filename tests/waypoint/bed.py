@@ -15,7 +15,7 @@ import json
 import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import yaml
@@ -224,8 +224,9 @@ class WaypointBed(Testbed):
 
     # --- processes --------------------------------------------------------------
 
-    def start(self, *options: str) -> Self:
-        self.start_agents()
+    def start(self, *options: str, agents: Sequence[str] = ()) -> Self:
+        """With `options` of the waypoint's, and those of the agents."""
+        self.start_agents(*agents)
         self.start_webs()
         self.attach_all()
         self.start_waypoint(*options)
