@@ -7,12 +7,12 @@ from xml.sax.saxutils import escape
 
 from tests.bench import figures
 from tests.bench.load import TASKS, Task
-from tests.bench.rig import DIRECT, DIRECT_ROWS, OURS, ROWS, THEIRS, Sample
+from tests.bench.rig import DIRECT, DIRECT_ROWS, MESHES, OURS, ROWS, STEERED, THEIRS, Sample
 
 WIDTH, LEFT, RIGHT = 760, 130, 110
 BAR, GAP, HEAD, FOOT = 13, 7, 44, 14
 # Told apart also without colour: they differ in lightness.
-COLOURS = {DIRECT: "#9aa5b1", OURS: "#1f6feb", THEIRS: "#d9a441"}
+COLOURS = {DIRECT: "#9aa5b1", OURS: "#1f6feb", THEIRS: "#d9a441", STEERED: "#8a5a00"}
 BACKGROUND, INK = "#ffffff", "#1f2328"
 
 
@@ -40,7 +40,7 @@ def _panel(parts: list[str], samples: Sequence[Sample], task: Task, y: int) -> i
     parts.append(_text(16, y + 24, f"{task.title}, {task.unit} ({better})", bold=True))
     y += HEAD
     groups = [(name, ((DIRECT, name),)) for name in DIRECT_ROWS.values()]
-    groups += [(row.name, ((OURS, row.name), (THEIRS, row.name))) for row in ROWS]
+    groups += [(row.name, tuple((mesh, row.name) for mesh in MESHES)) for row in ROWS]
     medians = {
         (mesh, row): figures.Spread.of([sample.figure for sample in lane.values()]).median
         for _, lanes in groups

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tests.bench.load import TASKS, Task
-from tests.bench.rig import DIRECT, DIRECT_ROWS, OURS, ROWS, THEIRS, Sample
+from tests.bench.rig import DIRECT, DIRECT_ROWS, MESHES, OURS, ROWS, STEERED, THEIRS, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,8 @@ def page(samples: Sequence[Sample], facts: Sequence[tuple[str, str]], command: s
     for base in (DIRECT, THEIRS):
         if any(sample.mesh == base for sample in samples):
             parts += [f"## Beside {base}", _beside(samples, base)]
+    if any(sample.mesh == STEERED for sample in samples):
+        parts += [f"## {STEERED} beside {THEIRS}", _beside(samples, THEIRS, STEERED)]
     parts.append(
         "For round trips and CPU a smaller ratio is better. A target is missed when the whole "
         "range between the quartiles is on the wrong side of it."
@@ -139,7 +141,7 @@ def spread(value: Spread) -> str:
 
 def _figures(samples: Sequence[Sample], task: Task) -> str:
     lanes = [(DIRECT, name) for name in DIRECT_ROWS.values()]
-    lanes += [(mesh, row.name) for row in ROWS for mesh in (OURS, THEIRS)]
+    lanes += [(mesh, row.name) for row in ROWS for mesh in MESHES]
     rows = []
     for mesh, row in lanes:
         lane = of_lane(samples, task.name, mesh, row)
@@ -159,14 +161,16 @@ def _figures(samples: Sequence[Sample], task: Task) -> str:
     return table(("path", task.unit, "quartiles", task.cost, "quartiles"), rows)
 
 
-def _beside(samples: Sequence[Sample], base: str) -> str:
+def _beside(samples: Sequence[Sample], base: str, mesh: str = OURS) -> str:
     targets = {
-        (target.task, target.row, target.cost): target for target in TARGETS if target.base == base
+        (target.task, target.row, target.cost): target
+        for target in TARGETS
+        if target.base == base and mesh == OURS
     }
     rows = []
     for task in TASKS:
         for row in ROWS:
-            ours = of_lane(samples, task.name, OURS, row.name)
+            ours = of_lane(samples, task.name, mesh, row.name)
             named = DIRECT_ROWS[row.direct] if base == DIRECT else row.name
             theirs = of_lane(samples, task.name, base, named)
             for cost in (False, True):
@@ -182,4 +186,4 @@ def _beside(samples: Sequence[Sample], base: str) -> str:
                         target.verdict(found) if target is not None else "",
                     ]
                 )
-    return table((f"meshbpf to {base}", "median ratio", "quartiles", "asked for"), rows)
+    return table((f"{mesh} to {base}", "median ratio", "quartiles", "asked for"), rows)

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench import load
-from tests.peers.ztunnel import Ztunnel, ZtunnelBuild
+from tests.peers.ztunnel import Ztunnel, ZtunnelBuild, start_steering, wait_served
 from tests.progs.pod import Family
 from tests.testbed import Testbed
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 DIRECT, OURS, THEIRS = "no mesh", "meshbpf", "ztunnel"
+STEERED = "steered ztunnel"
+"""ztunnel behind our steering, in place of the iptables rules that it has otherwise."""
+MESHES = (OURS, THEIRS, STEERED)
 BESIDE = "n1y"
 """A pod that is not captured on the node of n1x, which `standing` adds: for no mesh on one node."""
 
@@ -96,6 +99,7 @@ def standing(
         lanes = _meshbpf(stack.enter_context(Testbed(tag)), rows)
         if build is not None:
             lanes += _ztunnel(stack.enter_context(Testbed(f"{tag}z")), build, stack, rows)
+            lanes += _steered(stack.enter_context(Testbed(f"{tag}s")), build, stack, rows)
         for lane in lanes:
             for task in tasks:
                 take(lane, task, 0, warm_up_s, family)
@@ -151,6 +155,21 @@ def _ztunnel(
         nodes[pod.node].attach(pod)
     _serve(bed, [row.target for row in rows])
     return _lanes(THEIRS, bed, rows, tuple(ztunnel.pid for ztunnel in nodes.values()))
+
+
+def _steered(
+    bed: Testbed, build: ZtunnelBuild, stack: contextlib.ExitStack, rows: Sequence[Row]
+) -> list[Lane]:
+    start_steering(bed)
+    nodes = [stack.enter_context(Ztunnel.of_agent(bed, node, build)) for node in (1, 2)]
+    for ztunnel in nodes:
+        ztunnel.start()
+    bed.attach_all()
+    for node in (1, 2):
+        wait_served(bed, node)
+    _serve(bed, [row.target for row in rows])
+    agents = (*(ztunnel.pid for ztunnel in nodes), *(agent.pid for agent in bed.agents.values()))
+    return _lanes(STEERED, bed, rows, agents)
 
 
 def _serve(bed: Testbed, names: Sequence[str]) -> None:

@@ -113,6 +113,7 @@ def test_the_page_and_its_chart_hold_every_mesh_that_was_measured() -> None:
             (rig.DIRECT, "two nodes"),
             (rig.OURS, "cross-node"),
             (rig.THEIRS, "cross-node"),
+            (rig.STEERED, "cross-node"),
         )
     ]
     text = figures.page(samples, [("when", "now")], "make bench")
@@ -120,9 +121,10 @@ def test_the_page_and_its_chart_hold_every_mesh_that_was_measured() -> None:
         "| Throughput, one stream up, cross-node | 1.00 | 1.00 to 1.00 | at least 1.2: MISSED"
         in text
     )
+    assert "## steered ztunnel beside ztunnel" in text
     drawing = ElementTree.fromstring(chart.draw(samples))
     said = {element.text for element in drawing.iter() if element.text}
-    assert {"no mesh", "meshbpf", "ztunnel", "cross-node"} <= said
+    assert {"no mesh", "meshbpf", "ztunnel", "steered ztunnel", "cross-node"} <= said
 
 
 def test_quick_ratios_are_medians_of_ratios_on_the_same_path() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from meshbpf.agent.api import PodsRequest, StatusRequest
 from tests.netns.talk import MARKER, echo, passes, refused, whoami
-from tests.peers.ztunnel import Ztunnel, find_build, zds_socket
+from tests.peers.ztunnel import Ztunnel, find_build, start_steering, wait_served
 from tests.progs import server
 from tests.progs.inside import nftables
 from tests.progs.pod import NAMESPACE, Family, Pod
@@ -33,8 +33,6 @@ def steered() -> Iterator[Steered]:
     if build is None or build.root_cert is None:
         pytest.skip("needs ZTUNNEL=PATH with its source tree, or ZTUNNEL_CA=DIR beside it")
     with Testbed("bzs") as bed:
-        bed.cgroup.mkdir()
-        bed.ca_options = ()
         bed.add_pod("n1c", 1, account="spare")
         principals = [
             {"Exact": bed[name].identity.removeprefix("spiffe://")} for name in ("n1a", "n2b")
@@ -51,11 +49,7 @@ def steered() -> Iterator[Steered]:
         )
         bed.write_mesh()
         bed.start_servers()
-        for node, agent in bed.agents.items():
-            # In a cluster ztunnel has a network namespace of its own; here it is the node's.
-            ports = ("--readiness-port", "16021", "--admin-port", "16000", "--stats-port", "16020")
-            zds = str(zds_socket(bed, node))
-            agent.start("--proxy", "ztunnel", "--zds-socket", zds, *ports)
+        start_steering(bed)
         # One before its ztunnel is there, the rest after.
         bed.agents[1].attach(bed["n1a"])
         with (
@@ -67,7 +61,7 @@ def steered() -> Iterator[Steered]:
             for pod in bed.captured:
                 bed.agent_of(pod).attach(pod)
             for node in (1, 2):
-                all_served(bed, node)
+                wait_served(bed, node)
             yield bed, {1: first, 2: second}
 
 
@@ -80,17 +74,6 @@ def bed(steered: Steered) -> Testbed:
 def family(request: pytest.FixtureRequest) -> Family:
     chosen: Family = request.param
     return chosen
-
-
-def all_served(bed: Testbed, node: int) -> None:
-    """Wait until the node's ztunnel has every pod."""
-
-    def served() -> bool:
-        proxy = bed.agents[node].ask(StatusRequest()).proxy
-        assert proxy is not None
-        return proxy.pid != 0 and proxy.unserved == ()
-
-    eventually(f"ztunnel of node{node} serves", served, 15.0)
 
 
 def greeting(bed: Testbed, client: Pod, address: str) -> bytes:
@@ -175,7 +158,7 @@ def test_without_ztunnel_pods_are_closed_and_with_the_next_one_open(steered: Ste
     passes(bed, bed["n1a"], bed["n2x"].ipv4)
     eventually("it is missed", lambda: not pid_of(bed, 1))
     ztunnels[1].start()
-    all_served(bed, 1)
+    wait_served(bed, 1)
     passes(bed, bed["n1a"], bed["n2a"].ipv4)
     passes(bed, bed["n2a"], bed["n1a"].ipv6)
 
@@ -193,7 +176,7 @@ def test_ztunnel_serves_on_while_no_agent_runs(bed: Testbed, family: Family) -> 
             echo(sock)
             passes(bed, bed["n1a"], bed["n2a"].address(family))
             passes(bed, bed["n2b"], bed["n1a"].address(family))
-        all_served(bed, 1)
+        wait_served(bed, 1)
         echo(sock)
     passes(bed, bed["n1a"], bed["n2a"].address(family))
 
@@ -213,5 +196,5 @@ def test_a_detached_pod_is_ztunnel_s_no_more(steered: Steered) -> None:
         passes(bed, pod, bed["n2x"].ipv4)
     finally:
         bed.agents[1].attach(pod)
-    all_served(bed, 1)
+    wait_served(bed, 1)
     passes(bed, pod, bed["n2a"].ipv4)

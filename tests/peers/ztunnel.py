@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import yaml
 
+from meshbpf.agent.api import StatusRequest
 from tests.peers.zds import ZdsServer
 from tests.progs.inside import NETNS_DIR, socket_inside
 from tests.progs.pod import TRUST_DOMAIN, Pod
@@ -214,6 +215,26 @@ class Ztunnel:
             return connection.getresponse().status == 200
         finally:
             connection.close()
+
+
+def start_steering(bed: Testbed) -> None:
+    """Both agents, each with the ztunnel beside it as its proxy: `Ztunnel.of_agent`."""
+    bed.cgroup.mkdir()
+    bed.ca_options = ()
+    for node, agent in bed.agents.items():
+        # In a cluster ztunnel has a network namespace of its own; here it is the node's.
+        ports = ("--readiness-port", "16021", "--admin-port", "16000", "--stats-port", "16020")
+        agent.start("--proxy", "ztunnel", "--zds-socket", str(zds_socket(bed, node)), *ports)
+
+
+def wait_served(bed: Testbed, node: int) -> None:
+    """Until the node's ztunnel has every pod that the agent has."""
+
+    def served() -> bool:
+        proxy = bed.agents[node].ask(StatusRequest()).proxy
+        return proxy is not None and proxy.pid != 0 and proxy.unserved == ()
+
+    eventually(f"ztunnel of node{node} serves", served, READY_LIMIT_S)
 
 
 @dataclass(frozen=True, slots=True)
