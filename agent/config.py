@@ -124,6 +124,8 @@ class Settings:
     """Where that ztunnel asks for them."""
     require_waypoint: bool = False
     """Pods that are bound to a waypoint are reached through it alone: core/admission.py."""
+    pods_from: str = ""
+    """zds:PATH: pods are captured and named by Istio's node agent; empty: by this agent."""
     exempt: Exemptions = Exemptions()
     dns: bool = True
     """The DNS queries of pods are answered here, unless their attach says otherwise."""
@@ -196,6 +198,11 @@ class Settings:
         _one_of("capture", self.capture, get_args(CaptureName))
         _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
         _one_of("same-node", self.same_node, get_args(SameNodeName))
+        if self.pods_from and not self.pods_from.startswith("zds:/"):
+            example = "for instance zds:/var/run/ztunnel/ztunnel.sock"
+            raise _bad("pods-from", self.pods_from, f"write zds:PATH, {example}")
+        if self.pods_from and self.proxy == "ztunnel":
+            raise _bad("pods-from", self.pods_from, "ztunnel, the proxy here, gets pods from us")
         _one_of("proxy", self.proxy, get_args(ProxyName))
         _one_of("log-level", self.log_level, get_args(LogLevel))
         _one_of("log-format", self.log_format, get_args(LogFormat))
@@ -239,6 +246,11 @@ class Settings:
             self.tunnel_streams,
             self.tunnel_idle_s,
         )
+
+    @property
+    def node_agent(self) -> Path | None:
+        """The socket at which pods are had from somebody else."""
+        return Path(self.pods_from.removeprefix("zds:")) if self.pods_from else None
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any]) -> Settings:

@@ -137,6 +137,7 @@ KEYS: tuple[Key, ...] = (
     Key("proxy", "proxy", ProxyName, _as_is),
     Key("zds-socket", "zds_socket", str, Path),
     Key("require-waypoint", "require_waypoint", bool, _as_is),
+    Key("pods-from", "pods_from", str, _as_is),
     Key("exempt-ports", "exempt_ports", list[int | str], _ports, "--exempt-port"),
     Key("exempt-cidrs", "exempt_cidrs", list[str], parse_cidrs, "--exempt-cidr"),
     Key("exempt-interfaces", "exempt_interfaces", list[str], frozenset, "--exempt-interface"),

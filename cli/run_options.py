@@ -143,6 +143,12 @@ _OPTIONS: tuple[Any, ...] = (
         help="Where that ztunnel asks for pods (its INPOD_UDS).  "
         "[default: /var/run/ztunnel/ztunnel.sock]",
     ),
+    click.option(
+        "--pods-from",
+        metavar="zds:PATH",
+        help="Serve pods that Istio's node agent captures and hands over at this socket, "
+        "instead of steering pods.",
+    ),
     exemption_options,
     click.option(
         "--require-waypoint/--no-require-waypoint",

@@ -127,6 +127,15 @@ class Netns:
             raise
 
     @classmethod
+    def of_descriptor(cls, fd: int) -> Netns:
+        """The one that `fd` stands for, which is the object's own from here on; NetnsError."""
+        try:
+            return cls._of(Path(f"/proc/{os.getpid()}/fd/{fd}"), fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
     def _of(cls, path: Path, fd: int) -> Netns:
         if not _is_namespace(fd):
             raise NetnsError("not-a-netns", f"{path} is not a network namespace")

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -18,19 +19,19 @@ import trio
 import meshbpf
 from meshbpf.agent import api
 from meshbpf.agent.api_cni import CniRequest
-from meshbpf.agent.config import Settings, otlp_endpoint
+from meshbpf.agent.config import Settings
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.datapath.steering import Capture, Steering
-from meshbpf.agent.l7.providers import OTLP_TIMEOUT_S
-from meshbpf.agent.runtime import reports
+from meshbpf.agent.runtime import reports, status_counters
 from meshbpf.agent.runtime.bounds import Bounds
+from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.carrying import Carrying
 from meshbpf.agent.runtime.certs import CertificateStore, utc_now
 from meshbpf.agent.runtime.cni import CniService
 from meshbpf.agent.runtime.connections import ConnectionRegistry
-from meshbpf.agent.runtime.control import ControlServer, counters, error_body, summed
+from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.cri import CriClient
 from meshbpf.agent.runtime.dns_metrics import DnsMetrics
 from meshbpf.agent.runtime.explaining import Explaining
@@ -48,8 +49,7 @@ from meshbpf.agent.runtime.mesh import LiveMesh
 from meshbpf.agent.runtime.mesh_source import MeshSource
 from meshbpf.agent.runtime.monitoring import Monitoring, Parts
 from meshbpf.agent.runtime.named_pods import NamedPods
-from meshbpf.agent.runtime.otlp_export import OtlpExporter
-from meshbpf.agent.runtime.otlp_post import Collector
+from meshbpf.agent.runtime.otlp_export import exporter_of
 from meshbpf.agent.runtime.pod import Pod
 from meshbpf.agent.runtime.pods import PodManager
 from meshbpf.agent.runtime.prefetch import Prefetch
@@ -62,6 +62,7 @@ from meshbpf.agent.runtime.takeover import Predecessors
 from meshbpf.agent.runtime.telemetry import Telemetry
 from meshbpf.agent.runtime.traffic_metrics import check_allowed
 from meshbpf.agent.runtime.xds_source import XdsSource
+from meshbpf.agent.runtime.zds_pods import ZdsPods
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -108,13 +109,15 @@ class Agent:
         self._carrying: Carrying | None = None
         self._proxy: StockProxy | None = None
         self.pods: PodManager | None = None
+        self.handed: ZdsPods | None = None
+        """In the place of `pods`, where they come from a node agent."""
         self.gate = Gate()
         """Before all accept loops."""
         self.predecessors = Predecessors(state_dir.path)
         self._draining_until: datetime | None = None
         self.readiness = Readiness("bpf", "certificates", "heartbeat", "mesh-state", "pods")
         self._mesh = LiveMesh(self._datapath_lock, require_waypoint=settings.require_waypoint)
-        self._exporter = _exporter(settings)
+        self._exporter = exporter_of(settings)
         if self._exporter is not None:
             nursery.start_soon(self._exporter.run)
         self._connections = ConnectionRegistry(
@@ -161,30 +164,18 @@ class Agent:
         force, pods that an earlier agent left do what their `on_agent_down` says.
         """
         settings = self._settings
+        if settings.node_agent is not None:
+            await self._start_behind(settings.node_agent, state)
+            return
         self._steering = steering = await trio.to_thread.run_sync(self._open_steering)
         log.info("steering", capture=steering.capture_in_force, reason=steering.capture_reason)
         self.readiness.done("bpf")
-        if self._crl is not None:
-            await trio.to_thread.run_sync(self._crl.load)
-            self._nursery.start_soon(self._crl.watch)
         self._mesh.steer_with(steering)
-        if state is not None:
-            await self._mesh.apply(state)
-        await self._nursery.start(self._follow_source)
-        self.readiness.done("mesh-state")
+        await self._know_mesh(state)
         self._carrying = carrying = Carrying(
             steering, self._mesh.current, self._connections.telemetry.traffic
         )
-        self._forwarder = forwarder = Forwarder(
-            self._mesh.current,
-            self._certificates,
-            self._connections,
-            dns_metrics=self._dns_metrics,
-            cluster_domain=settings.cluster_domain,
-            carrier=carrying.carrier,
-            gate=self.gate,
-            bounds=Bounds.of_process(settings.pod_connections, settings.pod_memory),
-        )
+        self._forwarder = forwarder = self._make_forwarder(carrying.carrier)
         if settings.proxy == "ztunnel":
             self._proxy = StockProxy(settings.zds_socket, steering)
         self.pods = pods = PodManager(
@@ -192,7 +183,7 @@ class Agent:
             self._state_dir.attachments,
             steering=steering,
             certificates=self._certificates,
-            server=self._forwarder,
+            server=forwarder,
             mesh=self._mesh.current,
             nursery=self._nursery,
             store=self._store,
@@ -218,18 +209,59 @@ class Agent:
         self._nursery.start_soon(heartbeat.tick)
         self.readiness.done("heartbeat")
         self.readiness.require("heartbeat", lambda: heartbeat.beating)
-        self.readiness.require("descriptors", lambda: not forwarder.exhausted)
-        self._nursery.start_soon(forwarder.bound_memory)
         self._running.set()
         await self._first_certificates(pods)
         self.readiness.done("certificates")
 
+    async def _start_behind(self, node_agent: Path, state: MeshState | None) -> None:
+        """The same where Istio's node agent captures: it names pods, and nothing is steered."""
+        await self._know_mesh(state)
+        self.handed = handed = ZdsPods(
+            node_agent,
+            self._settings,
+            certificates=self._certificates,
+            server=self._make_forwarder(None),
+            mesh=self._mesh.current,
+            nursery=self._nursery,
+        )
+        self._mesh.on_change(self._mesh_changed)
+        self._nursery.start_soon(handed.run)
+        for task in ("bpf", "certificates", "heartbeat", "pods"):
+            self.readiness.done(task)
+        self.readiness.require("node-agent", lambda: handed.complete)
+
+    async def _know_mesh(self, state: MeshState | None) -> None:
+        if self._crl is not None:
+            await trio.to_thread.run_sync(self._crl.load)
+            self._nursery.start_soon(self._crl.watch)
+        if state is not None:
+            await self._mesh.apply(state)
+        await self._nursery.start(self._follow_source)
+        self.readiness.done("mesh-state")
+
+    def _make_forwarder(self, carrier: Carrier | None) -> Forwarder:
+        settings = self._settings
+        self._forwarder = forwarder = Forwarder(
+            self._mesh.current,
+            self._certificates,
+            self._connections,
+            dns_metrics=self._dns_metrics,
+            cluster_domain=settings.cluster_domain,
+            carrier=carrier,
+            gate=self.gate,
+            bounds=Bounds.of_process(settings.pod_connections, settings.pod_memory),
+        )
+        self.readiness.require("descriptors", lambda: not forwarder.exhausted)
+        self._nursery.start_soon(forwarder.bound_memory)
+        return forwarder
+
     async def watch(self) -> None:
         """Follow the pods' namespaces, until cancelled."""
-        assert self.pods is not None  # noqa: S101 (after start)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.pods.watch)
             nursery.start_soon(self.monitoring.sweep)
+            if self.pods is None:
+                return
+            nursery.start_soon(self.pods.watch)
             if self._carrying is not None:
                 nursery.start_soon(self._carrying.run)
             nursery.start_soon(NamedPods(self.pods, self._locator).run)
@@ -256,13 +288,13 @@ class Agent:
         """
         self.readiness.require("running", lambda: False)
         self._announce_end()
-        if self.pods is not None:
+        if (served := self.pods or self.handed) is not None:
             # What the kernel has handed over by now is still taken in.
             await trio.sleep(LAST_ACCEPTS_S)
             self.gate.close()
             await self._drain(self._settings.termination_deadline_s, hurry)
             self._source_scope.cancel()
-            await self.pods.stop_serving()
+            await served.stop_serving()
         await self.predecessors.end(STOP_PREDECESSORS_S)
         if self._exporter is not None:
             await self._exporter.finish()
@@ -352,6 +384,8 @@ class Agent:
 
     def datapath_answers(self) -> bool:
         """Whether the beat that the kernel holds is a young one. Blocking; may raise BpfError."""
+        if self.handed is not None:
+            return True  # nothing is steered
         if self._steering is None or self._heartbeat is None or not self._heartbeat.beating:
             return False
         age_s = self._steering.statistics().heartbeat_age_s
@@ -381,8 +415,8 @@ class Agent:
     def _mesh_changed(self, mesh: Snapshot) -> None:
         if self._carrying is not None:
             self._carrying.carrier.changed(mesh)
-        if self.pods is not None:
-            self.pods.refresh(mesh)
+        if (served := self.pods or self.handed) is not None:
+            served.refresh(mesh)
         cut = self._connections.recheck(mesh)
         if cut:
             log.info("connections cut by policy", count=cut)
@@ -410,6 +444,12 @@ class Agent:
         return await pods.detach(request.pod)
 
     async def _pods_when_running(self) -> PodManager:
+        if self.handed is not None:
+            raise MeshbpfError(
+                "pods-from-node-agent",
+                f"pods come from {self.handed.path} here, by Istio's node agent",
+                "label the pod, or its namespace, istio.io/dataplane-mode=ambient",
+            )
         with trio.move_on_after(START_WAIT_S):
             await self._running.wait()
         if self.pods is None or not self._running.is_set():
@@ -473,18 +513,18 @@ class Agent:
             uptime_s=round(time.monotonic() - self._started_monotonic, 3),
             trust_domain=settings.trust_domain,
             network=settings.network,
-            state=self._state_info(),
+            state=reports.state_info(self._mesh.snapshot, self._source),
             capture=api.CaptureInfo(
                 requested=settings.capture,
-                in_force=steering.capture_in_force if steering else "",
-                reason=steering.capture_reason if steering else "",
+                in_force=steering.capture_in_force if steering else "istio" if self.handed else "",
+                reason=steering.capture_reason if steering else settings.pods_from,
             ),
             pods=api.PodCounts(
                 attached=len(pods) - len(failed) - len(waiting),
                 failed=len(failed),
                 waiting=len(waiting),
             ),
-            heartbeat=self._heartbeat_info(),
+            heartbeat=reports.heartbeat_info(settings, self._heartbeat),
             connections=self.carried(),
             predecessors=tuple(one.describe() for one in self.predecessors),
             draining_until=self._draining_until,
@@ -499,35 +539,13 @@ class Agent:
         return {pod.key for pod in self._all_pods() if pod.state == "attached"}
 
     def _all_pods(self) -> list[Pod]:
-        return list(self.pods.list()) if self.pods is not None else []
+        served = self.pods or self.handed
+        return list(served.list()) if served is not None else []
 
     def _describe(self, pod: Pod, connections: int | None = None) -> api.PodInfo:
         if connections is None:
             connections = reports.connections_by_pod(self._connections.list()).get(pod.key, 0)
         return reports.pod_info(pod, self._mesh.snapshot, connections)
-
-    def _state_info(self) -> api.StateSourceInfo:
-        mesh, source = self._mesh.snapshot, self._source
-        return api.StateSourceInfo(
-            kind=source.kind,
-            origin=source.origin,
-            healthy=source.healthy,
-            loaded_at=source.loaded_at,
-            version=mesh.version,
-            workloads=len(mesh.workloads),
-            services=len(mesh.services),
-            policies=len(mesh.policies),
-            error=error_body(source.error) if source.error else None,
-        )
-
-    def _heartbeat_info(self) -> api.HeartbeatInfo:
-        heartbeat = self._heartbeat
-        return api.HeartbeatInfo(
-            beating=heartbeat is not None and heartbeat.beating,
-            limit_s=self._settings.heartbeat_limit_s,
-            lease_s=self._settings.lease_s,
-            loop_lag_s=heartbeat.statistics().loop_lag_s if heartbeat else 0.0,
-        )
 
     def _warnings(self, failed: list[Pod]) -> list[str]:
         found = [f"pod {pod.key}: {pod.reason}" for pod in failed]
@@ -565,7 +583,7 @@ class Agent:
             crl_families=self._crl.families if self._crl else tuple,
         )
 
-    def _counters(self) -> dict[str, dict[str, int | float]]:
+    def _counters(self) -> status_counters.Counters:
         parts: dict[str, DataclassInstance] = {
             "certificates": self._certificates.statistics(),
             "cni": self._cni.statistics(),
@@ -574,24 +592,6 @@ class Agent:
             "logs": self._writer.statistics(),
             "state": self._source.statistics(),
         }
-        if self._heartbeat is not None:
-            parts["heartbeat"] = self._heartbeat.statistics()
-        found = {name: counters(part) for name, part in parts.items()}
-        if self._steering is not None:
-            steering = self._steering.statistics()
-            found["steering"] = counters(steering)
-            found["decisions"] = dict(steering.decisions)
-        if self._carrying is not None:
-            found["kernel_flows"] = counters(self._carrying.statistics())
-        if self._forwarder is not None:
-            forwarder = self._forwarder.statistics()
-            found["forwarder"] = counters(forwarder)
-            found["tunnels"] = summed(map(counters, forwarder.pools.values()))
-        return found
-
-
-def _exporter(settings: Settings) -> OtlpExporter | None:
-    endpoint = otlp_endpoint(settings.otlp) if settings.otlp else None
-    if endpoint is None:
-        return None
-    return OtlpExporter(Collector(endpoint, OTLP_TIMEOUT_S), settings.node)
+        return status_counters.collect(
+            parts, self._heartbeat, self._steering, self._carrying, self._forwarder
+        )

@@ -31,7 +31,7 @@ from meshbpf.agent.runtime.gate import Gate
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.mesh_view import MeshView, local_workload
-from meshbpf.agent.runtime.sockets import DialError, local_address
+from meshbpf.agent.runtime.sockets import DialError
 from meshbpf.agent.wire import dns
 
 MAX_WAITING = 256
@@ -101,7 +101,7 @@ class DnsProxy:
     async def serve_tcp(self, client: socket.socket) -> None:
         """Answer one captured connection's queries, and close it."""
         with client:
-            resolver = local_address(client)
+            resolver = self._pod.original(client)
             if resolver.ip.is_loopback:
                 raise DialError("not-captured", "somebody dialed the DNS listener itself")
             buffer = bytearray()
@@ -158,7 +158,7 @@ class DnsProxy:
         ask = ask_by_udp if transport is Transport.UDP else ask_by_tcp
         with self._metrics.forwarded(workload, kind, transport) as outcome:
             try:
-                answer = await ask(self._pod.sockets, resolver, query)
+                answer = await ask(self._pod.sockets, self._pod.resolver or resolver, query)
             except (DialError, OSError) as error:
                 outcome.failed()
                 self._told(workload, question, f"forwarding failed ({_why(error)})", 0)

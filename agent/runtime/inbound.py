@@ -244,7 +244,7 @@ class Inbound:
         telemetry.traffic.socket_opened(Reporter.DESTINATION)
         try:
             source = peer_address(client)
-            target = local_address(client)
+            target = self._pod.original(client)
             if target.ip.is_loopback:
                 raise DialError("not-captured", f"{source} dialed the inbound listener itself")
             try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from meshbpf.agent.core.address import IPAddress
+from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.tuning import ZTUNNELS, Tuning
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.runtime.pool import TunnelPool
-from meshbpf.agent.runtime.sockets import SocketFactory
+from meshbpf.agent.runtime.sockets import SocketFactory, local_address
 from meshbpf.agent.runtime.stream import TunnelStream
 
 
@@ -27,6 +29,10 @@ class LocalPod:
     """The number by which the kernel programs know the pod."""
     cookie: int = 0
     """Of its network namespace: unlike the index, never another pod's."""
+    original: Callable[[socket.socket], SocketAddress] = local_address
+    """What the client of an accepted socket has dialed."""
+    resolver: SocketAddress | None = None
+    """Who is asked what the mesh does not name; None: whom the pod has asked."""
     tuning: Tuning = ZTUNNELS
     pool: TunnelPool = field(init=False)
     streams: set[TunnelStream] = field(default_factory=set)

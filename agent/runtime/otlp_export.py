@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import trio
 
 import meshbpf
+from meshbpf.agent.config import Settings, otlp_endpoint
 from meshbpf.agent.core.backoff import Backoff
 from meshbpf.agent.core.traffic import Reporter
 from meshbpf.agent.l7.message import Headers
+from meshbpf.agent.l7.providers import OTLP_TIMEOUT_S
 from meshbpf.agent.l7.telemetry.otlp import (
     LOGS_PATH,
     RETRYABLE,
@@ -39,7 +41,7 @@ from meshbpf.agent.l7.telemetry.trace import TRACEPARENT, Span, SpanContext, Tag
 from meshbpf.agent.runtime import access_log
 from meshbpf.agent.runtime.exposition import Family, Kind, labelled
 from meshbpf.agent.runtime.logs import Log, told_fields, told_level
-from meshbpf.agent.runtime.otlp_post import CollectorError, Posted
+from meshbpf.agent.runtime.otlp_post import Collector, CollectorError, Posted
 
 if TYPE_CHECKING:
     from meshbpf.agent.runtime.connections import LiveConnection
@@ -275,3 +277,11 @@ def _tags(fields: dict[str, object]) -> Tags:
 
 def _text(value: str) -> str:
     return value.encode("utf-8", "replace").decode()
+
+
+def exporter_of(settings: Settings) -> OtlpExporter | None:
+    """To the collector that the settings name; None when they name none."""
+    endpoint = otlp_endpoint(settings.otlp) if settings.otlp else None
+    if endpoint is None:
+        return None
+    return OtlpExporter(Collector(endpoint, OTLP_TIMEOUT_S), settings.node)

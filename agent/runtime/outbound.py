@@ -42,7 +42,6 @@ from meshbpf.agent.runtime.sockets import (
     connect,
     family_of,
     hang_up,
-    local_address,
     peer_address,
 )
 from meshbpf.agent.runtime.splice import splice_both
@@ -91,7 +90,7 @@ class Outbound:
         traffic = self._connections.telemetry.traffic
         traffic.socket_opened(Reporter.SOURCE)
         try:
-            target = local_address(app)
+            target = self._pod.original(app)
             source = peer_address(app)
             if target.ip.is_loopback:
                 # Steering leaves loopback alone: somebody dialed our port.

@@ -65,6 +65,8 @@ class Pod:
     kernel: AttachedPod | None = None
     local: LocalPod | None = None
     """The pod as the forwarder sees it."""
+    captured_elsewhere: bool = False
+    """Istio's node agent captures for it, and the kernel knows nothing of ours."""
     proxied: bool = False
     """A stock proxy serves its connections; DNS alone is ours."""
     retired: bool = False
@@ -89,7 +91,8 @@ class Pod:
         """In one word, for people."""
         if self.waiting:
             return "waiting"
-        return "failed" if self.reason or self.kernel is None else "attached"
+        steered = self.kernel is not None or self.captured_elsewhere
+        return "failed" if self.reason or not steered else "attached"
 
     @property
     def netns(self) -> Netns | None:

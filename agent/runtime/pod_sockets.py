@@ -65,18 +65,15 @@ class PodSockets:
         """A listening socket on a loopback port of the kernel's choosing."""
         del role  # all are made alike; who registers them tells them apart
         with self._new(family) as sock:
-            self._bind_to_loopback(sock)
-            sock.listen(_backlog())
+            bind_as(sock, (_LOOPBACK[sock.family], 0))
+            listen(sock)
             return sock
 
     def dns_socket(self, family: int) -> socket.socket:
         """Where captured DNS queries arrive; each tells the resolver that it was for."""
         with self._new(family, socket.SOCK_DGRAM) as sock:
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVORIGDSTADDR, 1)
-            else:
-                sock.setsockopt(socket.IPPROTO_IP, _IP_RECVORIGDSTADDR, 1)
-            self._bind_to_loopback(sock)
+            self._tell_destination(sock)
+            bind_as(sock, (_LOOPBACK[sock.family], 0))
             return sock
 
     def dns_reply(self, resolver: SocketAddress) -> socket.socket:
@@ -93,11 +90,13 @@ class PodSockets:
         with self._new(family, socket.SOCK_DGRAM) as sock:
             return sock
 
-    def _bind_to_loopback(self, sock: socket.socket) -> None:
-        _transparent(sock)
+    @staticmethod
+    def _tell_destination(sock: socket.socket) -> None:
+        """Have each datagram tell where it was sent to."""
         if sock.family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((_LOOPBACK[sock.family], 0))
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVORIGDSTADDR, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_RECVORIGDSTADDR, 1)
 
     def outbound(self, family: int) -> socket.socket:
         """An unbound socket for dialing out of the pod."""
@@ -122,14 +121,18 @@ class PodSockets:
         with self._new(family) as sock:
             if own or client is None:
                 return sock
-            _transparent(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, STEER_MARK)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
-            # The port is chosen at connect(), when the whole tuple is known:
-            # one client address may then have far more than 28,000 connections.
-            sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-            sock.bind((_spelled(client, family), 0))
+            self._take_address(sock, client)
             return sock
+
+    @staticmethod
+    def _take_address(sock: socket.socket, client: IPAddress) -> None:
+        _transparent(sock)
+        # The port is chosen at connect(), when the whole tuple is known:
+        # one client address may then have far more than 28,000 connections.
+        sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((_spelled(client, sock.family), 0))
 
     def _in_one_call(self, family: int, client: bytes) -> socket.socket | None:
         """The same from C, where that was built: a fifth of the time. None where it was not."""
@@ -217,6 +220,19 @@ def pod_steering(attachment: Attachment, netns: Netns, proxied: bool) -> PodStee
         dns=attachment.dns,
         proxied=proxied,
     )
+
+
+def bind_as(sock: socket.socket, address: tuple[str, int]) -> None:
+    """Bind, for connections to and answers from whatever address the client has asked for."""
+    _transparent(sock)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind(address)
+
+
+def listen(sock: socket.socket) -> None:
+    """With as long a queue as the machine allows."""
+    sock.listen(_backlog())
 
 
 def close_all(listeners: Listeners) -> None:

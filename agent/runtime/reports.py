@@ -14,17 +14,23 @@ from meshbpf.agent.api import (
     ConnectionInfo,
     ConnectionsRequest,
     ConnectionsResult,
+    HeartbeatInfo,
     PodInfo,
     ServiceInfo,
     ServicePortInfo,
     ServicesResult,
+    StateSourceInfo,
     WorkloadInfo,
     WorkloadsResult,
 )
+from meshbpf.agent.config import Settings
 from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import TunnelProtocol, Workload
 from meshbpf.agent.runtime.connections import ConnectionRecord
+from meshbpf.agent.runtime.control import error_body
+from meshbpf.agent.runtime.heartbeat import Heartbeat
+from meshbpf.agent.runtime.mesh_source import MeshSource
 from meshbpf.agent.runtime.pod import Pod
 
 
@@ -43,7 +49,7 @@ def pod_info(pod: Pod, mesh: Snapshot, connections: int) -> PodInfo:
         service_account=attachment.service_account,
         identity=str(pod.identity),
         workload=workload.uid if workload else "",
-        addresses=tuple(map(str, kernel.addresses)) if kernel else (),
+        addresses=_addresses(pod),
         interfaces=tuple(kernel.interfaces) if kernel else (),
         on_agent_down=attachment.on_agent_down,
         exempt_ports=attachment.exempt_ports,
@@ -58,6 +64,12 @@ def pod_info(pod: Pod, mesh: Snapshot, connections: int) -> PodInfo:
         cgroup=attachment.cgroup,
         same_node="kernel" if kernel is not None and kernel.same_node else "hbone",
     )
+
+
+def _addresses(pod: Pod) -> tuple[str, ...]:
+    if pod.kernel is not None:
+        return tuple(map(str, pod.kernel.addresses))
+    return tuple(sorted(map(str, pod.local.addresses))) if pod.local else ()
 
 
 def workloads(mesh: Snapshot, attached: frozenset[str]) -> WorkloadsResult:
@@ -154,4 +166,29 @@ def _connection(record: ConnectionRecord) -> ConnectionInfo:
         age_s=round(record.age_s, 3),
         bytes_sent=record.bytes_sent,
         bytes_received=record.bytes_received,
+    )
+
+
+def state_info(mesh: Snapshot, source: MeshSource) -> StateSourceInfo:
+    """Where the mesh state comes from, and what it holds."""
+    return StateSourceInfo(
+        kind=source.kind,
+        origin=source.origin,
+        healthy=source.healthy,
+        loaded_at=source.loaded_at,
+        version=mesh.version,
+        workloads=len(mesh.workloads),
+        services=len(mesh.services),
+        policies=len(mesh.policies),
+        error=error_body(source.error) if source.error else None,
+    )
+
+
+def heartbeat_info(settings: Settings, heartbeat: Heartbeat | None) -> HeartbeatInfo:
+    """Whether the kernel is told that the agent lives."""
+    return HeartbeatInfo(
+        beating=heartbeat is not None and heartbeat.beating,
+        limit_s=settings.heartbeat_limit_s,
+        lease_s=settings.lease_s,
+        loop_lag_s=heartbeat.statistics().loop_lag_s if heartbeat else 0.0,
     )

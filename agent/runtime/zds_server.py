@@ -66,7 +66,8 @@ class _Peer:
 class ZdsServer:
     """Serves one socket. Entries may come and go before, during and after `run`."""
 
-    def __init__(self, path: Path, started: Started) -> None:
+    def __init__(self, path: Path, started: Started, *, retry_s: float = RETRY_S) -> None:
+        self._retry_s = retry_s
         self.path = path
         self._started = started
         self._wanted: dict[str, Entry] = {}
@@ -139,15 +140,21 @@ class ZdsServer:
         peer = _Peer(sock, pid)
         with sock:
             try:
-                if uid != 0:
-                    raise zds.ZdsError("zds-peer", f"process {pid} is not root's, but of uid {uid}")
+                if uid != os.geteuid():
+                    raise zds.ZdsError("zds-peer", f"process {pid} is not ours, but of uid {uid}")
+                if pid == 0:
+                    raise zds.ZdsError(
+                        "zds-peer",
+                        "the proxy's process is in a PID namespace that we do not see",
+                        "run the agent in the host's PID namespace (hostPID: true)",
+                    )
                 with trio.fail_after(ANSWER_S):
                     zds.read_hello(await sock.recv(zds.PACKET_BYTES))
                 self._peers.append(peer)
                 self._begin(peer)
                 await self._tell_all(peer)
             except (zds.ZdsError, OSError, trio.TooSlowError) as error:
-                what = error.what if isinstance(error, MeshbpfError) else repr(error)
+                what = str(error) if isinstance(error, MeshbpfError) else repr(error)
                 log.warning("proxy has gone", pid=pid, why=what)
             finally:
                 if peer in self._peers:
@@ -214,8 +221,8 @@ class ZdsServer:
             if self._wanted.get(key) is not entry:
                 return True  # it changed meanwhile
             if why:
-                peer.failed[key] = trio.current_time() + RETRY_S
-                log.error("proxy does not serve a pod", pod=key, why=why, retry_s=RETRY_S)
+                peer.failed[key] = trio.current_time() + self._retry_s
+                log.error("proxy does not serve a pod", pod=key, why=why, retry_s=self._retry_s)
             else:
                 peer.failed.pop(key, None)
                 self._served[key] = entry.add.uid

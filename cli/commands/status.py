@@ -74,6 +74,8 @@ def _facts(status: StatusResult) -> Iterator[tuple[str, CellLike]]:
         ends = f", until {moment(old.ends_at)}" if old.ends_at is not None else ""
         yield "predecessor", f"pid {old.pid} drains {count(old.connections, 'connection')}{ends}"
     yield from _state(status.state)
+    if status.capture.in_force == "istio":
+        return  # no hook asks whether we live
     beat = status.heartbeat
     yield "lease", f"{beat.lease_s:g} s{'' if status.state.healthy else ', not extended'}"
     yield (
@@ -90,6 +92,8 @@ def _capture(status: StatusResult) -> str:
     capture = status.capture
     if not capture.in_force:
         return f"none yet, asked for {capture.requested}"
+    if capture.in_force == "istio":
+        return f"none of ours: pods are captured by the node agent that {capture.reason} leads to"
     text = f"{capture.in_force}, asked for {capture.requested}"
     if capture.reason:
         text = f"{text}: {capture.reason}"

@@ -146,8 +146,9 @@ def test_each_option_reaches_its_setting(monkeypatch: pytest.MonkeyPatch) -> Non
         *("--keepalive-retries", "3", "--user-timeout", "--stream-window", "65535"),
         *("--tunnel-window", "1048576", "--tunnel-streams", "7", "--tunnel-idle", "1m"),
         *("--termination-deadline", "3s", "--reload-deadline", "1h"),
-        *("--zds-socket", "/run/zds", "--proxy", "meshbpf"),
+        *("--zds-socket", "/run/zds", "--proxy", "meshbpf", "--pods-from", "zds:/run/z"),
     )
+    assert settings.node_agent == Path("/run/z")
     assert (settings.proxy, settings.zds_socket) == ("meshbpf", Path("/run/zds"))
     assert (settings.pod_connections, settings.same_node) == (900, "hbone")
     assert (settings.termination_deadline_s, settings.reload_deadline_s) == (3.0, 3600.0)

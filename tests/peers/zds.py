@@ -55,14 +55,19 @@ class ZdsServer:
         self._listener.listen(1)
         self._peer: socket.socket | None = None
 
-    def meet(self) -> None:
-        """Wait for ztunnel's hello, and tell it that no pods are there yet."""
+    def meet(self, *, snapshot: bool = True) -> None:
+        """Wait for the proxy's hello, and tell it, unless not yet, that these are all pods."""
         peer, _ = self._listener.accept()
         peer.settimeout(ANSWER_LIMIT_S)
         self._peer = peer
         hello = peer.recv(PACKET_BYTES)
         if hello != _HELLO_V1:
             raise BedError(f"ztunnel's hello is {hello.hex()}, not version 1")
+        if snapshot:
+            self.snapshot()
+
+    def snapshot(self) -> None:
+        """Tell that all pods there are have been named."""
         self._tell(_SNAPSHOT_SENT)
 
     def add(self, uid: str, name: str, namespace: str, account: str, netns: Path) -> None:

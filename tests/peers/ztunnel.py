@@ -152,37 +152,13 @@ class Ztunnel:
         if self._zds is None:
             raise BedError("the agent hands pods to this ztunnel")
         self._zds.add(pod.key, name, namespace, pod.service_account, NETNS_DIR / pod.netns)
-        for command, listing in (("iptables", "-4"), ("ip6tables", "-6")):
-            self._restore(pod, command)
-            route = "route add local default dev lo table 100"
-            self.bed.run(pod.netns, ["ip", listing, *route.split()])
-            # What goes back to a client whose address ztunnel has taken on stays in the pod.
-            self.bed.run(
-                pod.netns,
-                [
-                    "ip",
-                    listing,
-                    "rule",
-                    "add",
-                    "fwmark",
-                    "0x111/0xfff",
-                    "pref",
-                    "32764",
-                    "lookup",
-                    "100",
-                ],
-            )
+        redirect(self.bed, pod)
 
     def kill9(self) -> None:
         self.program.end(signal.SIGKILL)
 
     def log(self) -> str:
         return self.program.log.read_text(errors="replace")
-
-    def _restore(self, pod: Pod, command: str) -> None:
-        rules = self.bed.directory / f"{pod.name}.{command}"
-        rules.write_text(capture_rules(command))
-        self.bed.run(pod.netns, [f"{command}-restore", "--noflush", str(rules)])
 
     def _write_mesh(self) -> Path:
         """The testbed's mesh, in the two ways spelt out that ztunnel insists on.
@@ -215,6 +191,19 @@ class Ztunnel:
             return connection.getresponse().status == 200
         finally:
             connection.close()
+
+
+def redirect(bed: Testbed, pod: Pod) -> None:
+    """Turn the pod's traffic to the proxy's ports, as Istio's node agent would."""
+    for command, listing in (("iptables", "-4"), ("ip6tables", "-6")):
+        rules = bed.directory / f"{pod.name}.{command}"
+        rules.write_text(capture_rules(command))
+        bed.run(pod.netns, [f"{command}-restore", "--noflush", str(rules)])
+        route = "route add local default dev lo table 100"
+        bed.run(pod.netns, ["ip", listing, *route.split()])
+        # What goes back to a client whose address the proxy has taken on stays in the pod.
+        rule = "rule add fwmark 0x111/0xfff pref 32764 lookup 100"
+        bed.run(pod.netns, ["ip", listing, *rule.split()])
 
 
 def start_steering(bed: Testbed) -> None:
