@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from meshbpf.agent.api_proxy import ProxyInfo
+from meshbpf.agent.datapath.cgroups import cgroup_layout
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.proxy_sockets import proxy_sockets
 from meshbpf.agent.datapath.steering import Steering
@@ -63,10 +64,14 @@ class StockProxy:
     def warnings(self) -> list[str]:
         """What a person should know."""
         waiting = self._server.unserved()
+        found = []
+        if _root_cgroup() in self._cgroups.values():
+            found.append("ztunnel is in the root cgroup: a pod's process there could pass for it")
         if not self._server.pid:
             gone = f"no ztunnel is connected to {self._server.path}"
-            return [f"{gone}; pods it has not taken: {', '.join(waiting)}" if waiting else gone]
-        return [f"pod {key}: ztunnel does not serve it yet" for key in waiting]
+            lacks = f"; pods that none serves: {', '.join(waiting)}" if waiting else ""
+            return [*found, gone + lacks]
+        return [*found, *(f"pod {key}: ztunnel does not serve it yet" for key in waiting)]
 
     async def _register(self, entry: Entry, pid: int) -> None:
         self._cgroups = {
@@ -90,3 +95,9 @@ class StockProxy:
             self._steering.set_listeners(key, found.listeners)
         finally:
             close_all(found.listeners)
+
+
+def _root_cgroup() -> int | None:
+    """The id of cgroup v2's root, as it is mounted here."""
+    point = cgroup_layout().point
+    return point.stat().st_ino if point is not None else None

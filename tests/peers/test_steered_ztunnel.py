@@ -13,6 +13,7 @@ import pytest
 
 from meshbpf.agent.api import PodsRequest, StatusRequest
 from tests.netns.talk import MARKER, echo, passes, refused, whoami
+from tests.netns.test_dns import ask, records
 from tests.peers.ztunnel import Ztunnel, find_build, start_steering, wait_served
 from tests.progs import server
 from tests.progs.inside import nftables
@@ -132,6 +133,11 @@ def test_a_pod_that_sets_the_proxy_s_mark_does_not_get_past_it(bed: Testbed) -> 
     assert sniffer.seen.plaintext == []
 
 
+def test_names_of_the_mesh_are_the_agent_s_to_answer(bed: Testbed) -> None:
+    answer = ask(bed["n1a"], bed["n2x"].ipv4, f"{bed['n2a'].hostname}.")
+    assert records(answer) == {bed["n2a"].vip(4)}
+
+
 def test_no_pod_has_a_netfilter_rule(bed: Testbed) -> None:
     for pod in bed.captured:
         assert nftables(pod.netns) == []
@@ -181,6 +187,18 @@ def test_ztunnel_serves_on_while_no_agent_runs(bed: Testbed, family: Family) -> 
     passes(bed, bed["n1a"], bed["n2a"].address(family))
 
 
+def test_a_reloaded_agent_takes_ztunnel_over(steered: Steered, family: Family) -> None:
+    bed, ztunnels = steered
+    with bed.connect(bed["n1a"], bed["n2a"].address(family), server.ECHO) as sock:
+        echo(sock)
+        bed.agents[1].reload()
+        wait_served(bed, 1)
+        assert pid_of(bed, 1) == ztunnels[1].pid
+        echo(sock)
+    passes(bed, bed["n1a"], bed["n2a"].address(family))
+    passes(bed, bed["n2a"], bed["n1a"].address(family))
+
+
 def test_a_detached_pod_is_ztunnel_s_no_more(steered: Steered) -> None:
     bed, _ = steered
     pod = bed["n1c"]
@@ -198,3 +216,20 @@ def test_a_detached_pod_is_ztunnel_s_no_more(steered: Steered) -> None:
         bed.agents[1].attach(pod)
     wait_served(bed, 1)
     passes(bed, pod, bed["n2a"].ipv4)
+
+
+def test_without_the_connect_hook_ztunnel_serves_under_its_own_address(steered: Steered) -> None:
+    """Last: it starts everything anew, with the setting that docs/zds.md asks for."""
+    bed, ztunnels = steered
+    for node, agent in bed.agents.items():
+        agent.stop()
+        ztunnels[node].kill9()
+        agent.start(*agent.options, "--capture", "tc")
+        ztunnels[node].start(ENABLE_ORIG_SRC="false")
+        wait_served(bed, node)
+    passes(bed, bed["n1a"], bed["n2x"].ipv4)
+    with Sniffer(bed.node_netns(1), "trunk", (MARKER,)) as sniffer:
+        passes(bed, bed["n1a"], bed["n2a"].ipv6)
+        seen = whoami(bed, bed["n1a"], bed["n2a"].ipv4)
+    assert sniffer.seen.tcp_service_ports() == {15008}
+    assert seen["local"] == bed["n2a"].ipv4
