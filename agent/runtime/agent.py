@@ -41,7 +41,6 @@ from meshbpf.agent.runtime.gate import Gate
 from meshbpf.agent.runtime.heartbeat import Heartbeat
 from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.kube_status import StatusReporter
-from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.logs import Log, LogWriter
 from meshbpf.agent.runtime.membership import Membership
@@ -138,7 +137,10 @@ class Agent:
         )
         self._source_scope = trio.CancelScope()
         self._membership = Membership(source, self._mesh.current, settings.node)
-        self._cni = CniService(self._membership, self._pods_when_running, self.readiness.pending)
+        self._reporter = StatusReporter.of(source, settings.node, self._steered)
+        self._cni = CniService(
+            self._membership, self._pods_when_running, self.readiness.pending, self._reporter
+        )
         cni.handle(CniRequest, self._cni.handle)
         if issuer is not None:
             nursery.start_soon(issuer.run, self._certificates.renew_all)
@@ -265,9 +267,8 @@ class Agent:
             if self._carrying is not None:
                 nursery.start_soon(self._carrying.run)
             nursery.start_soon(NamedPods(self.pods, self._locator).run)
-            if isinstance(self._source, KubernetesSource):
-                reporter = StatusReporter(self._source, self._settings.node, self._steered)
-                nursery.start_soon(reporter.run)
+            if self._reporter is not None:
+                nursery.start_soon(self._reporter.run)
             if self._settings.enrol or self._settings.kubernetes:
                 reconciler = Reconciler(self._membership, self.pods, self._locator, self._source)
                 self._mesh.on_change(reconciler.stir)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import trio
@@ -54,6 +55,13 @@ class CniStatistics:
     refused: int
 
 
+class Announcer(Protocol):
+    """Tells others of a pod that is captured."""
+
+    async def announce(self, name: PodName) -> None:
+        """Before the pod starts; must not take long, and raises nothing."""
+
+
 class CniService:
     """Answers the plugin's calls."""
 
@@ -62,7 +70,9 @@ class CniService:
         membership: Membership,
         pods: Callable[[], Awaitable[PodManager]],
         pending: Callable[[], tuple[str, ...]],
+        announcer: Announcer | None = None,
     ) -> None:
+        self._announcer = announcer
         self._membership = membership
         self._pods = pods
         self._pending = pending
@@ -101,6 +111,8 @@ class CniService:
         where = Located(await trio.to_thread.run_sync(find_netns, request.netns))
         wanted = AttachRequest(pod=str(name), service_account=member.account)
         await pods.enrol(wanted, where, request.container)
+        if self._announcer is not None:
+            await self._announcer.announce(name)
         self._enrolled += 1
         return CniResult(outcome="enrolled", pod=str(name))
 

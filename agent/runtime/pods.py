@@ -479,6 +479,8 @@ class PodManager:
         for reason in pod.kernel.host_skipped:
             log.warning("host side of a pod is not guarded", pod=pod.key, reason=reason)
         known = candidates(pod.attachment.name, self._settings, self._mesh())
+        if not known and pod.attachment.enrolled:
+            return  # by CNI, before it starts: the mesh learns its addresses when it has them
         if not known:
             log.warning("pod is not in the mesh state yet: it can reach nobody", pod=pod.key)
             return

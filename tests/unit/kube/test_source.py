@@ -16,7 +16,7 @@ from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshDelta, MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import TunnelProtocol
-from meshbpf.agent.runtime import kube_watch, kubernetes
+from meshbpf.agent.runtime import kube_status, kube_watch, kubernetes
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kube_status import StatusReporter
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
@@ -197,3 +197,38 @@ async def test_the_annotation_says_what_is_steered_and_only_of_this_nodes_pods(
         await reporter.look()
         assert server.patches[1:] == [(path, {"metadata": {"annotations": {key: None}}})]
         await until(lambda: tunnels() == [])
+
+
+async def test_a_pod_that_cni_enrols_is_told_of_at_once_and_only_once(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as (server, source, mesh):
+        reporter = StatusReporter(source, "node1", lambda: {"apps/a"})
+        await reporter.announce(PodName("apps", "a"))
+        assert [path for path, _ in server.patches] == ["/api/v1/namespaces/apps/pods/a/status"]
+        # What was told has not come back by the watch yet, perhaps.
+        await reporter.look()
+        assert len(server.patches) == 1
+        await until(
+            lambda: (
+                [w.name for w in mesh.state.workloads if w.tunnel_protocol is TunnelProtocol.HBONE]
+                == ["a"]
+            )
+        )
+
+
+async def test_an_api_server_that_is_slow_holds_up_no_start_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kube_status, "ANNOUNCE_S", 0.1)
+    async with cluster(tmp_path) as (server, source, _mesh):
+
+        async def never(*_: object) -> None:
+            await trio.sleep_forever()
+
+        with monkeypatch.context() as slow:
+            slow.setattr(source.api, "patch_status", never)
+            reporter = StatusReporter(source, "node1", lambda: {"apps/a"})
+            with trio.fail_after(2):
+                await reporter.announce(PodName("apps", "a"))
+        assert server.patches == []
+        await reporter.look()
+        assert len(server.patches) == 1, "it is told of when the server answers again"
