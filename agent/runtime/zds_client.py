@@ -75,9 +75,9 @@ async def _converse(sock: trio.socket.SocketType, handler: ZdsHandler) -> None:
     complete = False
     try:
         while True:
-            request, descriptors = await _receive(sock)
+            data, descriptors = await _receive(sock)
             try:
-                match request:
+                match request := zds.decode(data):
                     case zds.Add() if len(descriptors) == 1:
                         await handler.add(request, descriptors.pop())
                     case zds.Keep(uid) if not descriptors and not complete:
@@ -102,7 +102,8 @@ async def _converse(sock: trio.socket.SocketType, handler: ZdsHandler) -> None:
         handler.lost()
 
 
-async def _receive(sock: trio.socket.SocketType) -> tuple[zds.ZdsRequest, list[int]]:
+async def _receive(sock: trio.socket.SocketType) -> tuple[bytes, list[int]]:
+    """A packet and the descriptors beside it, which are the caller's to close."""
     size = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
     flags = socket.MSG_CMSG_CLOEXEC
     data, ancillary, got, _ = await sock.recvmsg(zds.PACKET_BYTES, size, flags)
@@ -116,7 +117,7 @@ async def _receive(sock: trio.socket.SocketType) -> tuple[zds.ZdsRequest, list[i
             raise zds.ZdsError("zds-ended", "it has closed the connection")
         if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise zds.ZdsError("zds-too-long", "a message that is longer than the protocol allows")
-        return zds.decode(data), descriptors
+        return data, descriptors
     except BaseException:
         _close(descriptors)
         raise

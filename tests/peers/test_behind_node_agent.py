@@ -140,6 +140,20 @@ def test_a_node_agent_that_comes_back_finds_its_pods_served(handed: Handed) -> N
     eventually("it is ready", lambda: bed.agents[1].ask(StatusRequest()).ready)
 
 
+def test_what_a_snapshot_leaves_out_is_gone(handed: Handed) -> None:
+    bed, node_agents = handed
+    node_agents[1].close()
+    eventually("it is missed", lambda: not bed.agents[1].ask(StatusRequest()).ready)
+    assert bed.agents[1].pod_state(bed["n1b"].key) == "attached"
+    node_agents[1] = ZdsServer(zds_socket(bed, 1))
+    node_agents[1].meet(snapshot=False)
+    hand_over(node_agents[1], bed["n1a"])
+    node_agents[1].snapshot()
+    assert bed.agents[1].pod_state(bed["n1b"].key) == "unknown"
+    hand_over(node_agents[1], bed["n1b"])
+    passes(bed, bed["n1b"], bed["n2a"].ipv4)
+
+
 def test_a_deleted_pod_is_served_no_more(handed: Handed) -> None:
     bed, node_agents = handed
     pod = bed["n2b"]

@@ -17,6 +17,8 @@ from meshbpf.agent.runtime import zds_client
 from meshbpf.agent.runtime.zds_server import Entry, ZdsServer
 from meshbpf.agent.wire import zds
 
+pytestmark = pytest.mark.compat
+
 WEB = zds.Add("1", "web", "shop", "web")
 DB = zds.Add("2", "db", "shop", "db")
 
@@ -189,6 +191,59 @@ async def test_a_client_outlives_its_server(tmp_path: Path) -> None:
                 await proxy.hears("begin", "add 1 shop/web web", "snapshot")
             await proxy.hears("lost")
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [zds.encode(WEB), b"\x0a\x03\x0a\x01u", b"\xff", b""],
+    ids=["no namespace", "no pod info", "no message", "nothing"],
+)
+async def test_a_request_that_breaks_the_rules_is_answered_and_ends_the_connection(
+    tmp_path: Path, request_: bytes
+) -> None:
+    proxy = Proxy()
+    path = tmp_path / "zds.sock"
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET) as listener:
+        await listener.bind(str(path))
+        listener.listen()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(zds_client.run, path, proxy)
+            with trio.fail_after(5):
+                for _ in range(2):
+                    sock, _ = await listener.accept()
+                    with sock:
+                        zds.read_hello(await sock.recv(zds.PACKET_BYTES))
+                        if request_:
+                            await sock.send(request_)
+                            assert zds.read_answer(await sock.recv(zds.PACKET_BYTES)) != ""
+                        else:
+                            sock.shutdown(trio.socket.SHUT_WR)
+                        assert await sock.recv(zds.PACKET_BYTES) == b""
+                    await proxy.hears("begin", "lost")
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_second_snapshot_and_a_late_keep_break_the_rules(tmp_path: Path) -> None:
+    proxy = Proxy()
+    path = tmp_path / "zds.sock"
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET) as listener:
+        await listener.bind(str(path))
+        listener.listen()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(zds_client.run, path, proxy)
+            with trio.fail_after(5):
+                for late in (zds.SnapshotSent(), zds.Keep("1")):
+                    sock, _ = await listener.accept()
+                    with sock:
+                        await sock.recv(zds.PACKET_BYTES)
+                        for request in (zds.Keep("1"), zds.SnapshotSent()):
+                            await sock.send(zds.encode(request))
+                            assert zds.read_answer(await sock.recv(zds.PACKET_BYTES)) == ""
+                        await sock.send(zds.encode(late))
+                        assert "zds" not in zds.read_answer(await sock.recv(zds.PACKET_BYTES))
+                        assert await sock.recv(zds.PACKET_BYTES) == b""
+                    await proxy.hears("begin", "keep 1", "snapshot", "lost")
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("packet", [b"", b"\x08\x02", b"\xff"], ids=repr)

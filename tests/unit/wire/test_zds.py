@@ -6,6 +6,8 @@ import pytest
 
 from meshbpf.agent.wire import zds
 
+pytestmark = pytest.mark.compat
+
 ADD = zds.Add("0af1", "web-0", "shop", "web")
 
 
