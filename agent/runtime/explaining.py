@@ -57,8 +57,7 @@ class Explaining:
             outcome = Outcome.PLAINTEXT
         else:
             if pod is not None:
-                proxy = "ztunnel" if pod.proxied else "the agent"
-                steps.append(Step("capture", f"handed to {proxy}", f"{target.ip} is in the mesh"))
+                steps.append(_captured(pod, target))
             outcome, more = explain(mesh, source, target, self._rng)
             steps += more
             objects = self._objects()
@@ -106,6 +105,13 @@ def _is(pod: Pod, workload: Workload) -> bool:
     if pod.local is None or pod.key != f"{workload.namespace}/{workload.name}":
         return False
     return not pod.local.addresses.isdisjoint(workload.addresses)
+
+
+def _captured(pod: Pod, target: SocketAddress) -> Step:
+    if pod.captured_elsewhere:
+        return Step("capture", "redirected to the agent", "by the rules of Istio's node agent")
+    proxy = "ztunnel" if pod.proxied else "the agent"
+    return Step("capture", f"handed to {proxy}", f"{target.ip} is in the mesh")
 
 
 def _source(source: Workload, pod: Pod | None) -> Step:

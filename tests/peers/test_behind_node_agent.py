@@ -22,6 +22,7 @@ from tests.progs.inside import NETNS_DIR
 from tests.progs.pod import NAMESPACE, Family, Pod
 from tests.progs.program import eventually
 from tests.progs.sniffer import Sniffer
+from tests.telemetry.web import Web
 from tests.testbed import Testbed
 
 pytestmark = [pytest.mark.peer, pytest.mark.root, pytest.mark.netns]
@@ -120,9 +121,22 @@ def test_names_of_the_mesh_are_answered_through_the_redirect(bed: Testbed, tcp: 
 def test_status_says_whose_pods_they_are(bed: Testbed) -> None:
     said = bed.agents[1].cli("status").stdout
     assert "captured by the node agent" in said
+    why = bed.agents[1].cli("explain", bed["n1a"].key, f"{bed['n2a'].ipv4}:80").stdout
+    assert "by the rules of Istio's node agent" in why
     refused = bed.agents[1].cli("detach", "--pod", bed["n1a"].key, check=False)
     assert "node agent" in refused.stderr
     assert bed.agents[1].pod_state(bed["n1a"].key) == "attached"
+
+
+def test_metrics_and_the_configuration_dump_know_them(bed: Testbed) -> None:
+    passes(bed, bed["n1a"], bed["n2a"].ipv4)
+    web = Web(bed)
+    status, _, metrics = web(1, 15020, "/metrics")
+    assert status == 200
+    assert 'istio_tcp_connections_opened_total{reporter="source"' in metrics
+    status, _, dump = web(1, 15000, "/config_dump")
+    assert status == 200
+    assert bed["n1a"].name in dump
 
 
 def test_a_node_agent_that_comes_back_finds_its_pods_served(handed: Handed) -> None:
