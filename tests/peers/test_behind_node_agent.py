@@ -125,6 +125,7 @@ def test_status_says_whose_pods_they_are(bed: Testbed) -> None:
     assert "by the rules of Istio's node agent" in why
     refused = bed.agents[1].cli("detach", "--pod", bed["n1a"].key, check=False)
     assert "node agent" in refused.stderr
+    assert "node agent" in bed.agents[1].cli("reload", check=False).stderr
     assert bed.agents[1].pod_state(bed["n1a"].key) == "attached"
 
 
