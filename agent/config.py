@@ -104,7 +104,8 @@ class Settings:
     xds_name: str = ""
     """What istiod's certificate is for; empty means the host in the URL."""
     ca: str = ""
-    """A CA that is asked over the network, as https://HOST:PORT for istiod's."""
+    """A CA that is asked over the network: https://HOST:PORT for istiod's, or
+    kubernetes-csr:SIGNER for one of the cluster's signers."""
     ca_root: str = ISTIO_ROOT
     ca_name: str = ""
     token_file: Path = ISTIO_TOKEN
@@ -189,7 +190,8 @@ class Settings:
         if not is_object_name(self.cluster_domain):
             raise _bad("cluster-domain", self.cluster_domain, "write it as a DNS name")
         for option, url in (("xds", self.xds), ("ca", self.ca)):
-            if url and control_plane_address(url) is None:
+            signer = option == "ca" and kube_signer(url)
+            if url and control_plane_address(url) is None and not signer:
                 example = "for instance https://istiod.istio-system.svc:15012"
                 raise _bad(option, url, f"write https://HOST:PORT, {example}")
         if self.otlp and otlp_endpoint(self.otlp) is None:
@@ -273,6 +275,13 @@ def control_plane_address(url: str) -> tuple[str, int] | None:
     if found.scheme != "https" or not found.hostname or port is None or found.path.strip("/"):
         return None
     return found.hostname, port
+
+
+def kube_signer(ca: str) -> str:
+    """The signer's name of kubernetes-csr:DOMAIN/NAME; empty for anything else."""
+    kind, _, signer = ca.partition(":")
+    domain, slash, name = signer.partition("/")
+    return signer if kind == "kubernetes-csr" and slash and name and is_object_name(domain) else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,12 +85,13 @@ _OPTIONS: tuple[Any, ...] = (
     click.option(
         "--ca",
         metavar="URL",
-        help="Certificates from istiod, at https://HOST:PORT, instead of --ca-dir.",
+        help="Certificates from istiod, at https://HOST:PORT, or from a signer of the cluster, as "
+        "kubernetes-csr:SIGNER, instead of --ca-dir.",
     ),
     click.option(
         "--ca-root",
         metavar="FILE",
-        help="Roots by which the CA is checked, or SYSTEM.  "
+        help="Roots by which the CA is checked, or SYSTEM; those of a signer's certificates.  "
         "[default: /var/run/secrets/istio/root-cert.pem]",
     ),
     click.option(

@@ -110,6 +110,15 @@ class KubeApi:
         """The body of an object or a list. Raises KubeError."""
         return await self._short("GET", path, query, b"", "")
 
+    async def create(self, path: str, body: dict[str, Any]) -> bytes:
+        """Make an object in a collection; as the server has it then. Raises KubeError."""
+        data = msgspec.json.encode(body)
+        return await self._short("POST", path, {}, data, "application/json")
+
+    async def delete(self, path: str) -> None:
+        """Delete an object. Raises KubeError."""
+        await self._short("DELETE", path, {}, b"", "")
+
     async def patch_status(self, path: str, change: dict[str, Any]) -> None:
         """Merge `change` into an object by its status subresource. Raises KubeError.
 

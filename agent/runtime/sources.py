@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from meshbpf.agent import config_mesh
-from meshbpf.agent.config import Settings, control_plane_address
+from meshbpf.agent.config import Settings, control_plane_address, kube_signer
+from meshbpf.agent.runtime import kube_config
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.control_plane import ControlPlane
 from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
 from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.istiod_issuer import IstiodIssuer
+from meshbpf.agent.runtime.kube_api import KubeApi
+from meshbpf.agent.runtime.kubernetes_csr import KubernetesCsrIssuer
 from meshbpf.agent.runtime.xds_source import XdsSource
 from meshbpf.agent.wire import xds
 
@@ -38,6 +42,9 @@ def issuer(settings: Settings, environ: Mapping[str, str]) -> tuple[Issuer | Non
     if settings.ca_dir is not None:
         embedded = EmbeddedIssuer(settings.ca_dir)
         return embedded, embedded.trust_domain
+    if signer := kube_signer(settings.ca):
+        api = KubeApi(kube_config.load(settings.kubeconfig, environ))
+        return KubernetesCsrIssuer(api, signer, Path(settings.ca_root), utc_now), ""
     plane = _plane(
         settings, settings.ca, settings.ca_root, settings.ca_name, _headers(environ, _CA_HEADER)
     )

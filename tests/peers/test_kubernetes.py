@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from meshbpf.agent.core import ca
+from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshDelta, MeshState
 from meshbpf.agent.core.workload import TunnelProtocol
 from meshbpf.agent.runtime import kube_config
+from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kube_status import StatusReporter
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
+from meshbpf.agent.runtime.kubernetes_csr import KubernetesCsrIssuer
+from meshbpf.agent.wire.tls import workload_tls
 from tests.peers.kube_apiserver import CRDS, KubeApiServer, api_server, crd, missing
 from tests.progs.kube_objects import mesh_objects, pod_object
 from tests.progs.pod import NAMESPACE, Pod
@@ -140,6 +151,58 @@ async def test_the_annotation_is_written_with_the_charts_rights_and_read_back(
         steered.clear()
         await reporter.look()
         assert REDIRECTION not in await run(server.annotations, NAMESPACE, "a")
+
+
+async def test_a_signer_of_the_cluster_issues_certificates(
+    server: KubeApiServer, tmp_path: Path
+) -> None:
+    """The test is approver and signing controller; the rights are those that the docs name."""
+    rbac = "rbac.authorization.k8s.io"
+    groups, resources = ["certificates.k8s.io"], ["certificatesigningrequests"]
+    verbs = ["create", "get", "delete"]
+    role = {"apiVersion": f"{rbac}/v1", "kind": "ClusterRole", "metadata": {"name": "meshbpf-csr"}}
+    bound = role | {"kind": "ClusterRoleBinding"}
+    rule = {"apiGroups": groups, "resources": resources, "verbs": verbs}
+    subject = {"apiGroup": rbac, "kind": "Group", "name": "meshbpf"}
+    ref = {"apiGroup": rbac, "kind": "ClusterRole", "name": "meshbpf-csr"}
+    await run(
+        server.apply, role | {"rules": [rule]}, bound | {"roleRef": ref, "subjects": [subject]}
+    )
+    authority = ca.create("cluster.local", utc_now())
+    roots = tmp_path / "roots.pem"
+    roots.write_bytes(authority.roots_pem)
+    api = KubeApi(kube_config.of_file(server.agent_kubeconfig))
+    issuer = KubernetesCsrIssuer(api, "example.com/mesh", roots, utc_now)
+    identity = SpiffeId("cluster.local", "shop", "web")
+
+    def sign() -> bool:
+        items = json.loads(server.kubectl("get", "csr", "-o", "json").stdout)["items"]
+        for one in items:
+            server.kubectl("certificate", "approve", one["metadata"]["name"])
+            csr = x509.load_pem_x509_csr(base64.b64decode(one["spec"]["request"]))
+            key = csr.public_key()
+            assert isinstance(key, ec.EllipticCurvePublicKey)
+            now = utc_now()
+            chain = authority.issue(identity, key, now, now + timedelta(hours=1))
+            status = {"status": {"certificate": base64.b64encode(chain).decode()}}
+            server.kubectl(
+                "patch", "csr", one["metadata"]["name"], "--subresource=status", "--type=merge",
+                "-p", json.dumps(status),
+            )  # fmt: skip
+        return bool(items)
+
+    async def controller() -> None:
+        while not await run(sign):  # noqa: ASYNC110 (another process changes it)
+            await trio.sleep(0.1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(controller)
+        now = utc_now()
+        issued = await issuer.issue(identity, now, now + timedelta(hours=1))
+    tls = workload_tls(issued.chain_pem, issued.key, issued.roots_pem)
+    assert tls.identity == identity
+    left = await run(server.kubectl, "get", "csr", "-o", "json")
+    assert json.loads(left.stdout)["items"] == []
 
 
 async def test_a_restart_of_the_server_is_ridden_out(server: KubeApiServer) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -39,6 +39,8 @@ LISTS = {
     "/apis/security.istio.io/v1/authorizationpolicies": "AuthorizationPolicy",
     "/apis/security.istio.io/v1/peerauthentications": "PeerAuthentication",
 }
+
+CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
 
 @dataclass(slots=True)
@@ -70,6 +72,8 @@ class ApiServer:
     """Those that are taken; None takes all."""
     requests: list[Request] = field(default_factory=list)
     patches: list[tuple[str, Any]] = field(default_factory=list)
+    signs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """The status that a CertificateSigningRequest of this spec gets."""
     cut_list_after: int | None = None
     """Bytes of a list that are sent before the connection is cut."""
     _stirred: trio.Event = field(default_factory=trio.Event)
@@ -180,6 +184,11 @@ class ApiServer:
             self.patches.append((parts.path, json.loads(body)))
             assert headers["content-type"] == "application/merge-patch+json"
             await self._send(tls, link, 200, self._patch(parts.path, json.loads(body)))
+        elif request.method == "POST":
+            await self._send(tls, link, 201, self._create(parts.path, json.loads(body)))
+        elif request.method == "DELETE":
+            self.take("CertificateSigningRequest", "", parts.path.rpartition("/")[2])
+            await self._send(tls, link, 200, {"status": "Success"})
         elif (kind := LISTS.get(parts.path)) is None:
             found = self._one(parts.path)
             said = {"message": f"{parts.path} not found"}
@@ -192,9 +201,19 @@ class ApiServer:
             await self._list(tls, link, kind, query)
 
     def _one(self, path: str) -> dict[str, Any] | None:
+        if path.startswith(f"{CSRS}/"):
+            return self.objects.get(("CertificateSigningRequest", "", path.rpartition("/")[2]))
         _, _, _, _, namespace, plural, name = path.split("/")
         assert plural == "pods"
         return self.objects.get(("Pod", namespace, name))
+
+    def _create(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        assert path == CSRS
+        name = f"{body['metadata']['generateName']}{self.version}"
+        made = self.put(body | {"metadata": body["metadata"] | {"name": name}})
+        if self.signs is not None:
+            self.put(made | {"status": self.signs(made["spec"])})
+        return made
 
     def _patch(self, path: str, change: dict[str, Any]) -> dict[str, Any]:
         body = self._one(path.removesuffix("/status"))
