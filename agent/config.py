@@ -197,6 +197,9 @@ class Settings:
         if self.otlp and otlp_endpoint(self.otlp) is None:
             hint = "write http://HOST:PORT or https://HOST:PORT, for instance http://otel:4318"
             raise _bad("otlp", self.otlp, hint)
+        if self.proxy == "ztunnel" and self.require_waypoint:
+            hint = "ztunnel, which serves the pods, does not enforce it: leave out one of the two"
+            raise _bad("require-waypoint", "true", hint)
         _one_of("capture", self.capture, get_args(CaptureName))
         _one_of("on-agent-down", self.on_agent_down, get_args(OnAgentDownName))
         _one_of("same-node", self.same_node, get_args(SameNodeName))

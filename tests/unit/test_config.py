@@ -56,6 +56,12 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration_s(text) == seconds
 
 
+def test_a_waypoint_cannot_be_required_of_a_proxy_that_does_not_enforce_it() -> None:
+    with pytest.raises(ConfigError, match="require-waypoint") as found:
+        Settings(node="n", state_dir=Path("/s"), proxy="ztunnel", require_waypoint=True)
+    assert "ztunnel" in found.value.hint
+
+
 @pytest.mark.parametrize("text", ["", "s", "-1s", "1y", "1 s 2", "inf"])
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="not a duration"):
