@@ -34,6 +34,9 @@ class WaypointSettings:
     """Our own, by which the mesh state names us; none given means all of this host."""
     local_xds: Path | None = None
     manifests: Path | None = None
+    kubernetes: bool = False
+    kubeconfig: Path | None = None
+    """By default KUBECONFIG's, else what Kubernetes gives the pod that this is."""
     workers: int = 1
     trust_domain: str = ""
     """Empty: the CA's."""
@@ -57,9 +60,10 @@ class WaypointSettings:
                 raise OptionError(option, value, "write it as a DNS name in lower case")
         if not 1 <= self.workers <= WORKERS_LIMIT:
             raise OptionError("workers", self.workers, f"from 1 to {WORKERS_LIMIT}")
-        if (self.local_xds is None) == (self.manifests is None):
+        sources = (self.local_xds is not None, self.manifests is not None, self.kubernetes)
+        if sum(sources) != 1:
             raise ConfigError(
                 "missing-setting",
-                "mesh state comes from exactly one of --manifests and --local-xds",
-                "give --manifests a directory of Kubernetes and Istio objects",
+                "mesh state comes from exactly one of --kubernetes, --manifests and --local-xds",
+                "on a cluster give --kubernetes, else --manifests with a directory of its objects",
             )

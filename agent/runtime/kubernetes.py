@@ -10,7 +10,7 @@ has lasted GRACE_S, so that the kernel's lease is not extended for ever.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from types import MappingProxyType
 from typing import Literal
@@ -38,7 +38,7 @@ GRACE_S = 15.0
 TOLD_MOST = 20
 _PLURALS = {"EndpointSlice": "endpointslices", "Gateway": "gateways",
             "GatewayClass": "gatewayclasses", "AuthorizationPolicy": "authorizationpolicies",
-            "PeerAuthentication": "peerauthentications"}  # fmt: skip
+            "PeerAuthentication": "peerauthentications", "Telemetry": "telemetries"}  # fmt: skip
 
 log = Log("state")
 
@@ -47,16 +47,19 @@ class KubernetesSource:
     """One cluster, by its API server."""
 
     def __init__(
-        self, api: KubeApi, cluster: Cluster, *, now: Callable[[], datetime] = utc_now
+        self,
+        api: KubeApi,
+        cluster: Cluster,
+        *,
+        more: Iterable[Kind] = (),
+        now: Callable[[], datetime] = utc_now,
     ) -> None:
+        """`more` are kinds to follow that the translation does not read, but others do."""
         self._api = api
         self._now = now
         self._cluster = ClusterState(cluster)
         self._stirred = trio.Event()
-        self._watchers = [
-            Watcher(api, Kind(group, version, kind, plural(kind)), self._stir)
-            for group, version, kind in KINDS
-        ]
+        self._watchers = [Watcher(api, kind, self._stir) for kind in (*map(followed, KINDS), *more)]
         self._problems: tuple[Problem, ...] = ()
         self._loads = self._refused = 0
         self._well_at: float | None = None
@@ -159,6 +162,8 @@ class KubernetesSource:
         read_at = self._now()
         try:
             standing = await trio.to_thread.run_sync(self._cluster.update, objects)
+            # Whoever reads other kinds does it as a part of `apply`.
+            self.objects = standing.objects
             await mesh.apply(standing.translation.state)
         except MeshbpfError as error:
             self._refused += 1
@@ -169,7 +174,6 @@ class KubernetesSource:
         for problem in list(new)[:TOLD_MOST]:
             log.warning("object of the cluster", problem=problem)
         self._problems = standing.problems
-        self.objects = standing.objects
         self._loads += 1
         self.loaded_at, self.error = read_at, None
         return True
@@ -185,6 +189,12 @@ class KubernetesSource:
 
     def _unreachable(self) -> MeshbpfError | None:
         return next((each.error for each in self._watchers if each.error is not None), None)
+
+
+def followed(kind: tuple[str, str, str]) -> Kind:
+    """All objects of a kind, given as (group, version, kind)."""
+    group, version, name = kind
+    return Kind(group, version, name, plural(name))
 
 
 def plural(kind: str) -> str:

@@ -33,6 +33,15 @@ _FILE = click.Path(path_type=Path, readable=False)
     help="Kubernetes and Istio objects, as YAML; read again when they change.",
 )
 @click.option(
+    "--kubernetes", is_flag=True, help="Objects from the Kubernetes API, by list and watch."
+)
+@click.option(
+    "--kubeconfig",
+    type=_FILE,
+    metavar="FILE",
+    help="How the API is reached.  [default: KUBECONFIG's, else the pod's own account]",
+)
+@click.option(
     "--local-xds",
     type=_FILE,
     metavar="FILE",

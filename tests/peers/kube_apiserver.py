@@ -48,11 +48,11 @@ def etcd() -> str | None:
     return str(beside) if beside.exists() else shutil.which("etcd")
 
 
-def crd(group: str, kind: str, plural: str) -> dict[str, Any]:
+def crd(group: str, kind: str, plural: str, version: str = "v1") -> dict[str, Any]:
     """As much of Istio's CRD as the API server needs to keep such objects."""
     schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    version = {
-        "name": "v1",
+    served = {
+        "name": version,
         "served": True,
         "storage": True,
         "schema": {"openAPIV3Schema": schema},
@@ -60,12 +60,18 @@ def crd(group: str, kind: str, plural: str) -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
+        # Without it no group of Kubernetes' own may be added to.
+        "metadata": {
+            "name": f"{plural}.{group}",
+            "annotations": {
+                "api-approved.kubernetes.io": "https://github.com/kubernetes/enhancements"
+            },
+        },
         "spec": {
             "group": group,
-            "scope": "Namespaced",
+            "scope": "Cluster" if kind == "GatewayClass" else "Namespaced",
             "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
-            "versions": [version],
+            "versions": [served],
         },
     }
 
@@ -75,7 +81,7 @@ class KubeApiServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port, self._etcd_port, self._peer_port = _free_ports(3)
+        self.port, self._etcd_port, self._peer_port = free_ports(3)
         self.kubeconfig = folder / "kubeconfig"
         self.agent_kubeconfig = folder / "agent-kubeconfig"
         self._bin = Path(os.environ["K8S_BIN"])
@@ -220,7 +226,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     socks = [socket.socket() for _ in range(count)]
     for sock in socks:
         sock.bind(("127.0.0.1", 0))

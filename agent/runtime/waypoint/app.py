@@ -32,12 +32,17 @@ from meshbpf.agent.core.errors import Exit, MeshbpfError
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.objects import ObjectSet
 from meshbpf.agent.core.state import MeshState
+from meshbpf.agent.l7 import mesh_config
 from meshbpf.agent.l7.balancer import Balancer
+from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.l7.planner import Planner
-from meshbpf.agent.runtime import httpd, logs, readiness
+from meshbpf.agent.runtime import httpd, kube_config, logs, readiness
 from meshbpf.agent.runtime.certs import CertificateStore
 from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
 from meshbpf.agent.runtime.issuing import Issuer
+from meshbpf.agent.runtime.kube_api import KubeApi
+from meshbpf.agent.runtime.kube_watch import Kind
+from meshbpf.agent.runtime.kubernetes import KubernetesSource, followed
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.manifests import ManifestSource
 from meshbpf.agent.runtime.mesh_source import MeshSource
@@ -79,7 +84,6 @@ def run(settings: WaypointSettings) -> int:
             stack.callback(StateDir.open(settings.state_dir).close)
         source = _source(settings)
         state = source.load()
-        assert state is not None  # noqa: S101 (a file and a directory are read at once)
         try:
             if settings.workers > 1 and settings.worker is None:
                 trio.run(workers.supervise, settings, strict_exception_groups=True)
@@ -108,10 +112,18 @@ def run(settings: WaypointSettings) -> int:
 
 
 def _source(settings: WaypointSettings) -> MeshSource:
+    cluster = Cluster(
+        network=settings.network,
+        trust_domain=settings.trust_domain,
+        domain=settings.cluster_domain,
+        root_namespace=settings.root_namespace,
+        by_hand=settings.manifests is not None,
+    )
+    if settings.kubernetes:
+        api = KubeApi(kube_config.load(settings.kubeconfig, os.environ))
+        config_map = Kind("", "v1", "ConfigMap", "configmaps", f"metadata.name={mesh_config.NAME}")
+        return KubernetesSource(api, cluster, more=(*map(followed, L7_KINDS), config_map))
     if settings.manifests is not None:
-        cluster = Cluster(
-            network=settings.network, trust_domain=settings.trust_domain, by_hand=True
-        )
         return ManifestSource(settings.manifests, cluster)
     assert settings.local_xds is not None  # noqa: S101 (WaypointSettings sees to it)
     return LocalXdsSource(settings.local_xds)
@@ -126,7 +138,7 @@ async def _main(
     settings: WaypointSettings,
     issuer: Issuer,
     source: MeshSource,
-    state: MeshState,
+    state: MeshState | None,
     hbone: list[socket.socket],
     pages: workers.PageListeners,
 ) -> None:
@@ -153,7 +165,11 @@ async def _main(
                 live.on_change(pools.evict)
                 live.on_change(balancer.keep_only)
                 live.on_change(lambda _: extensions.retain(live.plan))
-                await live.apply(state)
+                if state is not None:
+                    await live.apply(state)
+                    work.start_soon(source.watch, live)
+                else:
+                    await work.start(source.watch, live)
                 ready.done("mesh-state")
                 identity = live.identity.identity
                 certificates.hold(identity, f"{settings.namespace}/{settings.name}")
@@ -162,7 +178,6 @@ async def _main(
                 if pages.stats is not None:
                     page = Pages(proxy, inbound, certificates, source, extensions)
                     services.start_soon(httpd.serve, [pages.stats], page.handle)
-                work.start_soon(source.watch, live)
                 work.start_soon(pools.sweep)
                 work.start_soon(extensions.run, calls, lambda: source.objects or ObjectSet.EMPTY)
                 for listener in hbone:
