@@ -83,7 +83,9 @@ class Planner:
         self._version += 1
         problems: list[Problem] = []
         gateway = objects.by_key.get(self._key) or KubeObject(self._key, "v1", {})
-        services = {each.key: each for each in mesh.services if bound(each)}
+        # In an order of their own: the mesh has none, and problems are told in this one.
+        mine = sorted(filter(bound, mesh.services), key=lambda each: (each.namespace, each.hostname))
+        services = {each.key: each for each in mine}
         places = self._attach(objects, mesh, gateway, services, problems)
         plans: dict[NamespacedHostname, ServicePlan] = {}
         protocols = {self._key_of(each): declared(each) for each in objects.of_kind("", "Service")}
