@@ -84,8 +84,8 @@ class Planner:
         problems: list[Problem] = []
         gateway = objects.by_key.get(self._key) or KubeObject(self._key, "v1", {})
         # In an order of their own: the mesh has none, and problems are told in this one.
-        mine = sorted(filter(bound, mesh.services), key=lambda each: (each.namespace, each.hostname))
-        services = {each.key: each for each in mine}
+        mine = {each.key: each for each in filter(bound, mesh.services)}
+        services = dict(sorted(mine.items(), key=lambda one: (one[0].namespace, one[0].hostname)))
         places = self._attach(objects, mesh, gateway, services, problems)
         plans: dict[NamespacedHostname, ServicePlan] = {}
         protocols = {self._key_of(each): declared(each) for each in objects.of_kind("", "Service")}

@@ -13,6 +13,7 @@ import socket
 import struct
 
 from meshbpf.agent.core.address import IPAddress, SocketAddress
+from meshbpf.agent.core.tuning import Keepalive
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.proxy_sockets import PROXY_PORTS
 from meshbpf.agent.datapath.steering import Role
@@ -31,8 +32,10 @@ _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and IP6T_SO_ORIGINAL_DST
 class InpodSockets(PodSockets):
     """Implements the forwarder's `SocketFactory` for a pod behind Istio's rules."""
 
-    def __init__(self, netns: Netns, own_addresses: frozenset[IPAddress]) -> None:
-        super().__init__(netns, _mark, own_addresses)
+    def __init__(
+        self, netns: Netns, own_addresses: frozenset[IPAddress], keepalive: Keepalive
+    ) -> None:
+        super().__init__(netns, _mark, own_addresses, keepalive=keepalive)
         self._dns: dict[int, socket.socket] = {}
 
     def listener(self, role: int, family: int) -> socket.socket:

@@ -184,7 +184,7 @@ class ZdsPods:
                 for one in rtnetlink.addresses(nl)
                 if one.is_global and not one.ip.is_loopback
             )
-        sockets = InpodSockets(netns, own)
+        sockets = InpodSockets(netns, own, self._settings.tuning.keepalive)
         local = LocalPod(
             namespace=pod.namespace,
             name=pod.name,
