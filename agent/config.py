@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from meshbpf.agent.core.errors import ConfigError
-from meshbpf.agent.core.tuning import MIB, Keepalive, Tuning
+from meshbpf.agent.core.tuning import MIB, ZTUNNELS, Keepalive, Tuning
 
 IPNetwork = IPv4Network | IPv6Network
 CaptureName = Literal["auto", "tc"]
@@ -164,16 +164,16 @@ class Settings:
     """How many connections a pod may have at a time; 0: its share of the descriptors alone."""
     pod_memory: int = 256 * MIB
     """How many bytes of a pod's connections may wait here to be read; 0: no bound."""
-    keepalive: bool = True
+    keepalive: bool = ZTUNNELS.keepalive.enabled
     """This and the next eight: core/tuning.py."""
-    keepalive_time_s: float = 180.0
-    keepalive_interval_s: float = 180.0
-    keepalive_retries: int = 9
-    user_timeout: bool = False
-    stream_window: int = 4 * MIB
-    tunnel_window: int = 16 * MIB
-    tunnel_streams: int = 100
-    tunnel_idle_s: float = 300.0
+    keepalive_time_s: float = float(ZTUNNELS.keepalive.time_s)
+    keepalive_interval_s: float = float(ZTUNNELS.keepalive.interval_s)
+    keepalive_retries: int = ZTUNNELS.keepalive.retries
+    user_timeout: bool = ZTUNNELS.keepalive.user_timeout
+    stream_window: int = ZTUNNELS.stream_window_bytes
+    tunnel_window: int = ZTUNNELS.tunnel_window_bytes
+    tunnel_streams: int = ZTUNNELS.tunnel_streams
+    tunnel_idle_s: float = ZTUNNELS.tunnel_idle_s
     termination_deadline_s: float = TERMINATION_DEADLINE_S
     """How long connections may go on after SIGTERM."""
     reload_deadline_s: float = RELOAD_DEADLINE_S

@@ -33,14 +33,12 @@ _META = "ISTIO_META_"
 
 def of_variable(environ: Mapping[str, str]) -> dict[str, Value]:
     """Settings by name. Raises ConfigError naming the variable and its line."""
-    text = environ.get(VARIABLE, "")
-    return _settings(read_yaml(text, f"env {VARIABLE}"), f"env {VARIABLE}") if text.strip() else {}
+    return _settings(_of_variable(environ), f"env {VARIABLE}")
 
 
 def of_mesh_file(path: Path = MESH_FILE) -> dict[str, Value]:
     """The same of the mesh configuration; nothing when there is none."""
-    tree = _default_config(path)
-    return _settings(tree, str(path)) if tree is not None else {}
+    return _settings(_default_config(path), str(path))
 
 
 def metadata(environ: Mapping[str, str], path: Path = MESH_FILE) -> dict[str, str]:
@@ -49,17 +47,18 @@ def metadata(environ: Mapping[str, str], path: Path = MESH_FILE) -> dict[str, st
     Names without ISTIO_META_ are given it: both forms mean the same there.
     """
     found: dict[str, str] = {}
-    text = environ.get(VARIABLE, "")
-    trees = [_default_config(path)]
-    if text.strip():
-        trees.append(read_yaml(text, f"env {VARIABLE}"))
-    for tree in trees:
+    for tree in (_default_config(path), _of_variable(environ)):
         for name, node in _entries(tree):
             if name == _METADATA:
                 for key, value in _entries(node):
                     if isinstance(value, Scalar):
                         found[_META + key.removeprefix(_META)] = value.text
     return found | dict(environ)
+
+
+def _of_variable(environ: Mapping[str, str]) -> Node | None:
+    text = environ.get(VARIABLE, "")
+    return read_yaml(text, f"env {VARIABLE}") if text.strip() else None
 
 
 def _default_config(path: Path) -> Node | None:
@@ -77,7 +76,7 @@ def _default_config(path: Path) -> Node | None:
     return next((node for name, node in _entries(tree) if name == "defaultConfig"), None)
 
 
-def _settings(tree: Node, origin: str) -> dict[str, Value]:
+def _settings(tree: Node | None, origin: str) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for name, node in _entries(tree):
         key = SETTINGS.get(name)

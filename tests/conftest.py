@@ -7,7 +7,16 @@ import sys
 
 import pytest
 
+from tests.progs.pod import Family
+
 NOBODY = 65534
+
+
+@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
+def family(request: pytest.FixtureRequest) -> Family:
+    """For tests that are the same over both."""
+    chosen: Family = request.param
+    return chosen
 
 
 @pytest.fixture

@@ -50,12 +50,12 @@ def admission(mesh: Snapshot, workload: Workload) -> Admission:
     if not mesh.require_waypoint:
         return Admission(policies)
     gateways = set(_waypoints(mesh, workload))
-    if not gateways or _is_one_of(mesh, workload, gateways):
-        return Admission(policies)
     # A waypoint that is not in the mesh (yet) is nobody: nothing is let in until it is.
-    return Admission(
-        policies, frozenset(who for each in gateways for who in _identities(mesh, workload, each))
-    )
+    who = frozenset(one for each in gateways for one in _identities(mesh, workload, each))
+    if not gateways or workload.identity in who:
+        # The second is a waypoint: in front of itself it would be reached by nobody.
+        return Admission(policies)
+    return Admission(policies, who)
 
 
 def _waypoints(mesh: Snapshot, workload: Workload) -> Iterator[GatewayAddress]:
@@ -65,11 +65,6 @@ def _waypoints(mesh: Snapshot, workload: Workload) -> Iterator[GatewayAddress]:
         service = mesh.service(key.namespace, key.hostname)
         if service is not None:
             yield from all_waypoints(service)
-
-
-def _is_one_of(mesh: Snapshot, workload: Workload, gateways: set[GatewayAddress]) -> bool:
-    """A waypoint in front of itself would be reached by nobody."""
-    return any(workload.identity in _identities(mesh, workload, each) for each in gateways)
 
 
 def _identities(mesh: Snapshot, workload: Workload, gateway: GatewayAddress) -> frozenset[SpiffeId]:

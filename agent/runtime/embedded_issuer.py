@@ -38,13 +38,12 @@ class EmbeddedIssuer:
         self._directory = directory
         self._seen = self._look()
         self._authority = ca_files.load(directory)
-        self._roots_pem = self._authority.roots_pem
         self._error: MeshbpfError | None = None
 
     @property
     def roots_pem(self) -> bytes:
         """The trust bundle."""
-        return self._roots_pem
+        return self._authority.roots_pem
 
     @property
     def trust_domain(self) -> str:
@@ -78,7 +77,7 @@ class EmbeddedIssuer:
         await trio.lowlevel.checkpoint()
         key = new_key()
         chain = self._authority.issue(identity, key.public_key(), not_before, not_after)
-        return Issued(chain, key, self._roots_pem)
+        return Issued(chain, key, self.roots_pem)
 
     def _look(self) -> tuple[Signature | None, ...]:
         return tuple(signature_of(self._directory / name) for name in ca_files.NAMES)
@@ -100,7 +99,7 @@ class EmbeddedIssuer:
             log.info("CA folder is good again", directory=self._directory)
         if (authority.chain, authority.roots) == (self._authority.chain, self._authority.roots):
             return
-        self._authority, self._roots_pem = authority, authority.roots_pem
+        self._authority = authority
         log.warning(
             "the CA has changed: certificates are renewed",
             directory=self._directory,

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.progs.pod import Family
 from tests.progs.server import EXEMPT
 from tests.testbed import SUITE_TAG, Testbed
 
@@ -44,12 +43,6 @@ def bed(request: pytest.FixtureRequest) -> Iterator[Testbed]:
         bed.start_servers()
         bed.attach_all()
         yield bed
-
-
-@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
-def family(request: pytest.FixtureRequest) -> Family:
-    chosen: Family = request.param
-    return chosen
 
 
 @pytest.hookimpl(wrapper=True)

@@ -176,6 +176,26 @@ class KubeApiServer:
             if "status" in each and each["kind"] == "Pod":
                 self.patch_status(each["metadata"]["name"], each["metadata"]["namespace"], each)
 
+    def add_kind(self, group: str, kind: str, plural: str, version: str = "v1") -> None:
+        """Have it keep such objects, from now on."""
+        self.apply(crd(group, kind, plural, version))
+        self.kubectl("wait", "--for=condition=Established", f"crd/{plural}.{group}")
+
+    def grant(self, name: str, rules: list[dict[str, Any]]) -> None:
+        """Give the user of `agent_kubeconfig` these rights too."""
+        group, meta = "rbac.authorization.k8s.io", {"name": name}
+        version = f"{group}/v1"
+        self.apply(
+            {"apiVersion": version, "kind": "ClusterRole", "metadata": meta, "rules": rules},
+            {
+                "apiVersion": version,
+                "kind": "ClusterRoleBinding",
+                "metadata": meta,
+                "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": name},
+                "subjects": [{"apiGroup": group, "kind": "Group", "name": "meshbpf"}],
+            },
+        )
+
     def patch_status(self, name: str, namespace: str, body: dict[str, Any]) -> None:
         change = json.dumps({"status": body["status"]})
         argv = ("patch", "pod", name, "-n", namespace, "--subresource=status", "--type=merge")

@@ -16,10 +16,10 @@ from meshbpf.agent.api import StatusRequest
 from tests.netns.talk import MARKER, echo, passes, refused, whoami
 from tests.netns.test_dns import ask, records
 from tests.peers.zds import ZdsServer
-from tests.peers.ztunnel import redirect, zds_socket
+from tests.peers.ztunnel import deny_greeting, redirect, zds_socket
 from tests.progs import server
 from tests.progs.inside import NETNS_DIR
-from tests.progs.pod import NAMESPACE, Family, Pod
+from tests.progs.pod import Family, Pod
 from tests.progs.program import eventually
 from tests.progs.sniffer import Sniffer
 from tests.telemetry.web import Web
@@ -36,18 +36,7 @@ def handed() -> Iterator[Handed]:
     if shutil.which("iptables-restore") is None:
         pytest.skip("needs iptables-restore")
     with Testbed("bzc") as bed, contextlib.ExitStack() as stack:
-        principal = bed["n1a"].identity.removeprefix("spiffe://")
-        rule = {"principals": [{"Exact": principal}], "destinationPorts": [server.GREET]}
-        bed.policies.append(
-            {
-                "name": "no-greeting",
-                "namespace": NAMESPACE,
-                "scope": "Namespace",
-                "action": "Deny",
-                "dryRun": False,
-                "rules": [[[rule]]],
-            }
-        )
+        deny_greeting(bed, "n1a")
         bed.write_mesh()
         bed.make_ca()
         bed.start_servers()
@@ -73,12 +62,6 @@ def hand_over(node_agent: ZdsServer, pod: Pod) -> None:
 @pytest.fixture
 def bed(handed: Handed) -> Testbed:
     return handed[0]
-
-
-@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
-def family(request: pytest.FixtureRequest) -> Family:
-    chosen: Family = request.param
-    return chosen
 
 
 def test_pods_of_two_nodes_talk_over_hbone_alone(bed: Testbed, family: Family) -> None:

@@ -28,7 +28,7 @@ from meshbpf.agent.runtime.kube_status import StatusReporter
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.kubernetes_csr import KubernetesCsrIssuer
 from meshbpf.agent.wire.tls import workload_tls
-from tests.peers.kube_apiserver import CRDS, KubeApiServer, api_server, crd, missing
+from tests.peers.kube_apiserver import CRDS, KubeApiServer, api_server, missing
 from tests.progs.kube_objects import mesh_objects, pod_object
 from tests.progs.pod import NAMESPACE, Pod
 from tests.testbed import ROOT
@@ -47,23 +47,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiServer]:
     with api_server(tmp_path_factory.mktemp("kube")) as server:
         for group, kinds in CRDS.items():
             for kind, plural in kinds.items():
-                server.apply(crd(group, kind, plural))
-                server.kubectl("wait", "--for=condition=Established", f"crd/{plural}.{group}")
+                server.add_kind(group, kind, plural)
         chart = ROOT / "packaging" / "helm" / "meshbpf" / "templates" / "clusterrole.yaml"
         text = chart.read_text()
         rules = yaml.safe_load(text[text.index("rules:") : text.index("\n---")])["rules"]
-        meta = {"name": "meshbpf"}
-        rbac = "rbac.authorization.k8s.io"
-        server.apply(
-            {"apiVersion": f"{rbac}/v1", "kind": "ClusterRole", "metadata": meta, "rules": rules},
-            {
-                "apiVersion": f"{rbac}/v1",
-                "kind": "ClusterRoleBinding",
-                "metadata": meta,
-                "roleRef": {"apiGroup": rbac, "kind": "ClusterRole", "name": "meshbpf"},
-                "subjects": [{"apiGroup": rbac, "kind": "Group", "name": "meshbpf"}],
-            },
-        )
+        server.grant("meshbpf", rules)
         server.apply(*(each for each in mesh_objects([A, B]) if usable(each)))
         yield server
 
@@ -157,17 +145,12 @@ async def test_a_signer_of_the_cluster_issues_certificates(
     server: KubeApiServer, tmp_path: Path
 ) -> None:
     """The test is approver and signing controller; the rights are those that the docs name."""
-    rbac = "rbac.authorization.k8s.io"
-    groups, resources = ["certificates.k8s.io"], ["certificatesigningrequests"]
-    verbs = ["create", "get", "delete"]
-    role = {"apiVersion": f"{rbac}/v1", "kind": "ClusterRole", "metadata": {"name": "meshbpf-csr"}}
-    bound = role | {"kind": "ClusterRoleBinding"}
-    rule = {"apiGroups": groups, "resources": resources, "verbs": verbs}
-    subject = {"apiGroup": rbac, "kind": "Group", "name": "meshbpf"}
-    ref = {"apiGroup": rbac, "kind": "ClusterRole", "name": "meshbpf-csr"}
-    await run(
-        server.apply, role | {"rules": [rule]}, bound | {"roleRef": ref, "subjects": [subject]}
-    )
+    rule = {
+        "apiGroups": ["certificates.k8s.io"],
+        "resources": ["certificatesigningrequests"],
+        "verbs": ["create", "get", "delete"],
+    }
+    await run(server.grant, "meshbpf-csr", [rule])
     authority = ca.create("cluster.local", utc_now())
     roots = tmp_path / "roots.pem"
     roots.write_bytes(authority.roots_pem)

@@ -14,10 +14,17 @@ import pytest
 from meshbpf.agent.api import PodsRequest, StatusRequest
 from tests.netns.talk import MARKER, echo, passes, refused, whoami
 from tests.netns.test_dns import ask, records
-from tests.peers.ztunnel import Ztunnel, find_build, start_steering, wait_served
+from tests.peers.ztunnel import (
+    Ztunnel,
+    deny_greeting,
+    find_build,
+    greeting,
+    start_steering,
+    wait_served,
+)
 from tests.progs import server
 from tests.progs.inside import nftables
-from tests.progs.pod import NAMESPACE, Family, Pod
+from tests.progs.pod import Family
 from tests.progs.program import eventually
 from tests.progs.sniffer import Sniffer
 from tests.testbed import Testbed
@@ -35,19 +42,7 @@ def steered() -> Iterator[Steered]:
         pytest.skip("needs ZTUNNEL=PATH with its source tree, or ZTUNNEL_CA=DIR beside it")
     with Testbed("bzs") as bed:
         bed.add_pod("n1c", 1, account="spare")
-        principals = [
-            {"Exact": bed[name].identity.removeprefix("spiffe://")} for name in ("n1a", "n2b")
-        ]
-        bed.policies.append(
-            {
-                "name": "no-greeting",
-                "namespace": NAMESPACE,
-                "scope": "Namespace",
-                "action": "Deny",
-                "dryRun": False,
-                "rules": [[[{"principals": principals, "destinationPorts": [server.GREET]}]]],
-            }
-        )
+        deny_greeting(bed, "n1a", "n2b")
         bed.write_mesh()
         bed.start_servers()
         start_steering(bed)
@@ -69,21 +64,6 @@ def steered() -> Iterator[Steered]:
 @pytest.fixture
 def bed(steered: Steered) -> Testbed:
     return steered[0]
-
-
-@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
-def family(request: pytest.FixtureRequest) -> Family:
-    chosen: Family = request.param
-    return chosen
-
-
-def greeting(bed: Testbed, client: Pod, address: str) -> bytes:
-    """What the greeting server says first; b"" when the connection ends instead."""
-    try:
-        with bed.connect(client, address, server.GREET) as sock:
-            return sock.recv(100)
-    except ConnectionResetError:
-        return b""
 
 
 def test_pods_of_two_nodes_talk_over_hbone_alone(bed: Testbed, family: Family) -> None:

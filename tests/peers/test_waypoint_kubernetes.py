@@ -16,7 +16,7 @@ import pytest
 from meshbpf.agent.core.kube_mesh import KINDS
 from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.runtime.kubernetes import plural
-from tests.peers.kube_apiserver import KubeApiServer, api_server, crd, free_ports, missing
+from tests.peers.kube_apiserver import KubeApiServer, api_server, free_ports, missing
 from tests.progs.kube_objects import pod_object
 from tests.progs.pod import Pod
 from tests.progs.program import eventually
@@ -26,7 +26,6 @@ from tests.waypoint.bed import an_object, route, to
 pytestmark = pytest.mark.peer
 
 BUILT_IN = ("", "discovery.k8s.io")
-RBAC = "rbac.authorization.k8s.io"
 VIP = "198.19.1.1"
 
 
@@ -39,23 +38,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiServer]:
         for group, version, kind in kinds:
             # The cluster of this test does without the rate limit.
             if group not in BUILT_IN and kind != "RateLimit":
-                server.apply(crd(group, kind, plural(kind), version))
-                server.kubectl("wait", "--for=condition=Established", f"crd/{plural(kind)}.{group}")
+                server.add_kind(group, kind, plural(kind), version)
         rules = [
             {"apiGroups": [group], "resources": [plural(kind)], "verbs": ["get", "list", "watch"]}
             for group, _version, kind in (*kinds, ("", "v1", "ConfigMap"))
         ]
-        meta = {"name": "waypoint"}
-        server.apply(
-            {"apiVersion": f"{RBAC}/v1", "kind": "ClusterRole", "metadata": meta, "rules": rules},
-            {
-                "apiVersion": f"{RBAC}/v1",
-                "kind": "ClusterRoleBinding",
-                "metadata": meta,
-                "roleRef": {"apiGroup": RBAC, "kind": "ClusterRole", "name": "waypoint"},
-                "subjects": [{"apiGroup": RBAC, "kind": "Group", "name": "meshbpf"}],
-            },
-        )
+        server.grant("waypoint", rules)
         server.apply(*objects())
         yield server
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.netns.talk import MARKER, echo, passes, whoami
-from tests.peers.ztunnel import Ztunnel, find_build
+from tests.peers.ztunnel import Ztunnel, deny_greeting, find_build, greeting
 from tests.progs import server
-from tests.progs.pod import NAMESPACE, Family, Pod
+from tests.progs.pod import Family, Pod
 from tests.progs.sniffer import Sniffer
 from tests.testbed import MESHBPF, Testbed
 
@@ -34,20 +34,8 @@ def mixed() -> Iterator[tuple[Testbed, Ztunnel]]:
         pytest.skip("needs ZTUNNEL=PATH with its source tree, or ZTUNNEL_CA=DIR beside it")
     with Testbed("bnm") as bed, Ztunnel(bed, 2, build) as ztunnel:
         bed.add_pod("n1c", 1, account="spare")
-        principals = [
-            {"Exact": bed[name].identity.removeprefix("spiffe://")} for name in ("n1a", "n2b")
-        ]
         # In the file before anybody reads it: ztunnel does so once.
-        bed.policies.append(
-            {
-                "name": "no-greeting",
-                "namespace": NAMESPACE,
-                "scope": "Namespace",
-                "action": "Deny",
-                "dryRun": False,
-                "rules": [[[{"principals": principals, "destinationPorts": [server.GREET]}]]],
-            }
-        )
+        deny_greeting(bed, "n1a", "n2b")
         bed.write_mesh()
         files = ["--cert", str(build.root_cert), "--key", str(build.root_key)]
         bed.run(bed.node_netns(1), [str(MESHBPF), "ca", "import", str(bed.ca_dir), *files])
@@ -62,12 +50,6 @@ def mixed() -> Iterator[tuple[Testbed, Ztunnel]]:
 @pytest.fixture
 def bed(mixed: tuple[Testbed, Ztunnel]) -> Testbed:
     return mixed[0]
-
-
-@pytest.fixture(params=[4, 6], ids=["ipv4", "ipv6"])
-def family(request: pytest.FixtureRequest) -> Family:
-    chosen: Family = request.param
-    return chosen
 
 
 @pytest.fixture(params=[("n1a", "n2a"), ("n2a", "n1a")], ids=["to ztunnel", "to meshbpf"])
@@ -132,19 +114,6 @@ def test_policy_knows_the_other_kind_s_identities(
     assert greeting(bed, bed[denied], address) == b""
     passes(bed, bed[denied], address, server.ECHO)
     assert greeting(bed, bed[allowed], address).startswith(b"220 ")
-
-
-def greeting(bed: Testbed, client: Pod, address: str) -> bytes:
-    """What the greeting server says first; b"" when the connection ends instead.
-
-    ztunnel ends a refused connection with FIN or RST, whichever comes out, and
-    an RST may be there before connect() has returned.
-    """
-    try:
-        with bed.connect(client, address, server.GREET) as sock:
-            return sock.recv(100)
-    except ConnectionResetError:
-        return b""
 
 
 def test_each_side_names_the_identity_that_the_other_has_proven(

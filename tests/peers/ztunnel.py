@@ -26,8 +26,9 @@ import yaml
 
 from meshbpf.agent.api import StatusRequest
 from tests.peers.zds import ZdsServer
+from tests.progs import server
 from tests.progs.inside import NETNS_DIR, socket_inside
-from tests.progs.pod import TRUST_DOMAIN, Pod
+from tests.progs.pod import NAMESPACE, TRUST_DOMAIN, Pod
 from tests.progs.program import BedError, Program, eventually
 from tests.testbed import Testbed
 
@@ -291,3 +292,31 @@ COMMIT
 -A MESH_OUT ! -d {loopback} -p tcp {foreign} -j REDIRECT --to-ports 15001
 COMMIT
 """
+
+
+def deny_greeting(bed: Testbed, *pods: str) -> None:
+    """Port GREET refuses the accounts of these pods, from the next writing of the mesh on."""
+    who = [{"Exact": bed[name].identity.removeprefix("spiffe://")} for name in pods]
+    bed.policies.append(
+        {
+            "name": "no-greeting",
+            "namespace": NAMESPACE,
+            "scope": "Namespace",
+            "action": "Deny",
+            "dryRun": False,
+            "rules": [[[{"principals": who, "destinationPorts": [server.GREET]}]]],
+        }
+    )
+
+
+def greeting(bed: Testbed, client: Pod, address: str) -> bytes:
+    """What the greeting server says first; b"" when the connection ends instead.
+
+    ztunnel ends a refused connection with FIN or RST, whichever comes out, and
+    an RST may be there before connect() has returned.
+    """
+    try:
+        with bed.connect(client, address, server.GREET) as sock:
+            return sock.recv(100)
+    except ConnectionResetError:
+        return b""

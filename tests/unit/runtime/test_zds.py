@@ -193,6 +193,20 @@ async def test_a_client_outlives_its_server(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def asking(folder: Path, proxy: Proxy) -> AsyncIterator[trio.socket.SocketType]:
+    """The socket at which the client asks again and again, for five seconds at most."""
+    path = folder / "zds.sock"
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET) as listener:
+        await listener.bind(str(path))
+        listener.listen()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(zds_client.run, path, proxy)
+            with trio.fail_after(5):
+                yield listener
+            nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize(
     "request_",
     [zds.encode(WEB), b"\x0a\x03\x0a\x01u", b"\xff", b""],
@@ -202,48 +216,34 @@ async def test_a_request_that_breaks_the_rules_is_answered_and_ends_the_connecti
     tmp_path: Path, request_: bytes
 ) -> None:
     proxy = Proxy()
-    path = tmp_path / "zds.sock"
-    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET) as listener:
-        await listener.bind(str(path))
-        listener.listen()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(zds_client.run, path, proxy)
-            with trio.fail_after(5):
-                for _ in range(2):
-                    sock, _ = await listener.accept()
-                    with sock:
-                        zds.read_hello(await sock.recv(zds.PACKET_BYTES))
-                        if request_:
-                            await sock.send(request_)
-                            assert zds.read_answer(await sock.recv(zds.PACKET_BYTES)) != ""
-                        else:
-                            sock.shutdown(trio.socket.SHUT_WR)
-                        assert await sock.recv(zds.PACKET_BYTES) == b""
-                    await proxy.hears("begin", "lost")
-            nursery.cancel_scope.cancel()
+    async with asking(tmp_path, proxy) as listener:
+        for _ in range(2):
+            sock, _ = await listener.accept()
+            with sock:
+                zds.read_hello(await sock.recv(zds.PACKET_BYTES))
+                if request_:
+                    await sock.send(request_)
+                    assert zds.read_answer(await sock.recv(zds.PACKET_BYTES)) != ""
+                else:
+                    sock.shutdown(trio.socket.SHUT_WR)
+                assert await sock.recv(zds.PACKET_BYTES) == b""
+            await proxy.hears("begin", "lost")
 
 
 async def test_a_second_snapshot_and_a_late_keep_break_the_rules(tmp_path: Path) -> None:
     proxy = Proxy()
-    path = tmp_path / "zds.sock"
-    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_SEQPACKET) as listener:
-        await listener.bind(str(path))
-        listener.listen()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(zds_client.run, path, proxy)
-            with trio.fail_after(5):
-                for late in (zds.SnapshotSent(), zds.Keep("1")):
-                    sock, _ = await listener.accept()
-                    with sock:
-                        await sock.recv(zds.PACKET_BYTES)
-                        for request in (zds.Keep("1"), zds.SnapshotSent()):
-                            await sock.send(zds.encode(request))
-                            assert zds.read_answer(await sock.recv(zds.PACKET_BYTES)) == ""
-                        await sock.send(zds.encode(late))
-                        assert "zds" not in zds.read_answer(await sock.recv(zds.PACKET_BYTES))
-                        assert await sock.recv(zds.PACKET_BYTES) == b""
-                    await proxy.hears("begin", "keep 1", "snapshot", "lost")
-            nursery.cancel_scope.cancel()
+    async with asking(tmp_path, proxy) as listener:
+        for late in (zds.SnapshotSent(), zds.Keep("1")):
+            sock, _ = await listener.accept()
+            with sock:
+                await sock.recv(zds.PACKET_BYTES)
+                for request in (zds.Keep("1"), zds.SnapshotSent()):
+                    await sock.send(zds.encode(request))
+                    assert zds.read_answer(await sock.recv(zds.PACKET_BYTES)) == ""
+                await sock.send(zds.encode(late))
+                assert "zds" not in zds.read_answer(await sock.recv(zds.PACKET_BYTES))
+                assert await sock.recv(zds.PACKET_BYTES) == b""
+            await proxy.hears("begin", "keep 1", "snapshot", "lost")
 
 
 @pytest.mark.parametrize("packet", [b"", b"\x08\x02", b"\xff"], ids=repr)
