@@ -447,6 +447,8 @@ class CertInfo(Result, frozen=True):
     state: CertState
     serial: str
     """Hexadecimal; empty while there is none."""
+    root: str
+    """Which of the trusted roots it leads to; empty: to none."""
     not_before: datetime | None
     not_after: datetime | None
     renew_at: datetime | None

@@ -237,6 +237,21 @@ def _private_key(pem: bytes) -> SigningKey:
     return key
 
 
+def anchor_of(
+    chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]
+) -> x509.Certificate | None:
+    """The root that `chain`, leaf first, leads to; None where it leads to none of `roots`.
+
+    As in a handshake a root may itself be an intermediate (RFC 5280, section
+    6.1.1: any certificate may be a trust anchor). Validity times are not looked at.
+    """
+    for link in chain:
+        for root in roots:
+            if link == root or _signed_by(link, root):
+                return root
+    return None
+
+
 def _check_is_ca(certificate: x509.Certificate) -> None:
     try:
         basic = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value

@@ -16,7 +16,7 @@ and all certificates are renewed, those first that somebody waits for.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from meshbpf.agent.api import CertInfo, CertsResult, CertState
+from meshbpf.agent.core.ca import anchor_of
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.runtime.control import error_body
@@ -150,9 +151,6 @@ class CertificateStore:
         """The signer or its roots change: do not wait for half-life."""
         if self._issuer is not None and (roots_pem := self._issuer.roots_pem):
             self._follow_roots(roots_pem)
-        self._hurry()
-
-    def _hurry(self) -> None:
         for held in self._held.values():
             held.hurry.set()
 
@@ -193,11 +191,11 @@ class CertificateStore:
 
     def describe(self) -> CertsResult:
         """What the `certs` verb answers."""
-        certs = sorted(map(self._info, self._held.values()), key=lambda cert: cert.identity)
         roots = x509.load_pem_x509_certificates(self._roots_pem) if self._roots_pem else []
+        certs = [self._info(held, roots) for held in self._held.values()]
         return CertsResult(
-            certs=tuple(certs),
-            roots=tuple(root.fingerprint(hashes.SHA256()).hex() for root in roots),
+            certs=tuple(sorted(certs, key=lambda cert: cert.identity)),
+            roots=tuple(map(_fingerprint, roots)),
         )
 
     def held(self) -> list[HeldCertificate]:
@@ -226,11 +224,14 @@ class CertificateStore:
         """Counters since the start."""
         return CertificateStatistics(len(self._held), self._issued, self._failed)
 
-    def _info(self, held: _Held) -> CertInfo:
+    def _info(self, held: _Held, roots: Sequence[x509.Certificate]) -> CertInfo:
+        chain = x509.load_pem_x509_certificates(held.chain_pem) if held.chain_pem else []
+        anchor = anchor_of(chain, roots)
         return CertInfo(
             identity=str(held.identity),
             state=self._state(held),
             serial=held.serial,
+            root=_fingerprint(anchor) if anchor is not None else "",
             not_before=held.tls.not_before if held.tls else None,
             not_after=held.tls.not_after if held.tls else None,
             renew_at=held.renew_at,
@@ -250,6 +251,8 @@ class CertificateStore:
         with held.scope:
             failures = 0
             while True:
+                # Before the attempt: what changes while it runs asks for another.
+                held.hurry = trio.Event()
                 try:
                     await self._obtain(held)
                 except MeshbpfError as error:
@@ -280,7 +283,6 @@ class CertificateStore:
                 if pause.cancelled_caught:
                     # Every identity of every node is told at once.
                     await trio.sleep(self._rng.uniform(0, HURRY_SPREAD_S))
-                    held.hurry = trio.Event()
 
     async def _obtain(self, held: _Held) -> None:
         async with self._queue.slot(held.turn):
@@ -302,8 +304,7 @@ class CertificateStore:
         # much less that half of it must not become a busy loop.
         held.renew_at = started + max((tls.not_after - started) / 2, SHORTEST_LIFE)
         self._issued += 1
-        self._follow_roots(issued.roots_pem)
-        held.hurry = trio.Event()
+        self._follow_roots(issued.roots_pem, new=held)
         log.info(
             "certificate renewed" if renewed else "certificate issued",
             identity=held.identity,
@@ -311,8 +312,11 @@ class CertificateStore:
             not_after=tls.not_after.isoformat(),
         )
 
-    def _follow_roots(self, roots_pem: bytes) -> None:
-        """The newest bundle counts for all identities, from their next tunnel on."""
+    def _follow_roots(self, roots_pem: bytes, new: _Held | None = None) -> None:
+        """The newest bundle counts for all identities, from their next tunnel on.
+
+        `new` came with it and needs no other.
+        """
         if roots_pem == self._roots_pem:
             return
         first, self._roots_pem = not self._roots_pem, roots_pem
@@ -322,7 +326,8 @@ class CertificateStore:
         for held in self._held.values():
             if held.key is not None:
                 held.tls = workload_tls(held.chain_pem, held.key, roots_pem, self._revocations)
-        self._hurry()
+            if held is not new:
+                held.hurry.set()
 
     def _retry_pause_s(self, failures: int, held: _Held) -> float:
         pause_s = min(RETRY_LAST_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 16))
@@ -344,3 +349,7 @@ class CertificateStore:
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
+
+
+def _fingerprint(certificate: x509.Certificate) -> str:
+    return certificate.fingerprint(hashes.SHA256()).hex()

@@ -35,7 +35,7 @@ def command(session: Session) -> None:
 
 
 def view(result: CertsResult, now: datetime) -> str:
-    """One identity a line, why a certificate failed, and the roots that peers are judged by."""
+    """One identity a line, why a certificate failed, and the roots that certificates lead to."""
     blocks = [
         table(
             ("IDENTITY", "STATE", "SERIAL", "NOT AFTER", "EXPIRES", "PODS"),
@@ -48,8 +48,15 @@ def view(result: CertsResult, now: datetime) -> str:
         if cert.error is not None
     ]
     if result.roots:
-        blocks.append("\n".join(["trusted roots (SHA-256):", *(f"  {r}" for r in result.roots)]))
+        rows = ((root, str(_leading_to(result, root))) for root in result.roots)
+        blocks.append(table(("TRUSTED ROOT (SHA-256)", "CERTIFICATES"), rows))
+    if lost := _leading_to(result, ""):
+        blocks.append(line(f"{lost} lead to none of the trusted roots: peers will refuse them"))
     return "\n\n".join(blocks)
+
+
+def _leading_to(result: CertsResult, root: str) -> int:
+    return sum(cert.serial != "" and cert.root == root for cert in result.certs)
 
 
 def _row(cert: CertInfo, now: datetime) -> tuple[CellLike, ...]:

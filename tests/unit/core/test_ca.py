@@ -28,6 +28,10 @@ def issue(authority: CertificateAuthority, days: float = 1) -> list[x509.Certifi
     return x509.load_pem_x509_certificates(pem)
 
 
+Made = tuple[x509.Certificate, Any]
+"""A certificate and its key."""
+
+
 def make(
     name: str,
     signer: tuple[x509.Certificate, Any] | None = None,
@@ -36,7 +40,7 @@ def make(
     basic: bool | None = True,
     sign_usage: bool | None = True,
     days: int = 100,
-) -> tuple[x509.Certificate, Any]:
+) -> Made:
     """A certificate (self-signed without `signer`) and its key."""
     key = key or ca.new_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -94,6 +98,7 @@ ROOT = make("root")
 OTHER_ROOT = make("other root")
 MIDDLE = make("middle", ROOT)
 ISSUING = make("issuing", MIDDLE)
+SAME_NAME = make("root")
 THREE = pem(ISSUING[0], MIDDLE[0])
 
 
@@ -204,6 +209,27 @@ def test_import_takes_the_chain_from_the_certificates_file_too() -> None:
     assert authority.chain == (ISSUING[0], MIDDLE[0])
 
 
+@pytest.mark.parametrize(
+    ("chain", "roots", "found"),
+    [
+        ((ISSUING, MIDDLE), (OTHER_ROOT, ROOT), ROOT),
+        ((ISSUING, MIDDLE, ROOT), (ROOT,), ROOT),
+        ((ISSUING,), (ROOT, MIDDLE), MIDDLE),  # an intermediate as the anchor
+        ((ISSUING, MIDDLE), (OTHER_ROOT,), None),
+        ((ISSUING,), (ROOT,), None),  # the link between them is missing
+        ((MIDDLE,), (SAME_NAME,), None),
+        ((MIDDLE,), (SAME_NAME, ROOT), ROOT),
+        ((), (ROOT,), None),
+        ((ISSUING, MIDDLE), (), None),
+    ],
+)
+def test_the_root_that_a_chain_leads_to(
+    chain: tuple[Made, ...], roots: tuple[Made, ...], found: Made | None
+) -> None:
+    got = ca.anchor_of([one for one, _ in chain], [one for one, _ in roots])
+    assert got == (found[0] if found is not None else None)
+
+
 def test_import_of_a_self_signed_ca_needs_no_chain() -> None:
     authority = ca.import_ca(pem(ROOT[0]), key_pem(ROOT[1]))
     assert authority.chain == authority.roots == (ROOT[0],)
@@ -225,7 +251,7 @@ ED = make("ed", key=ed25519.Ed25519PrivateKey.generate())
 LEAF = make("leaf", ROOT, basic=False)
 BARE = make("bare", ROOT, basic=None)
 UNUSABLE = make("unusable", ROOT, sign_usage=False)
-SAME_NAME = make("root")
+
 
 REFUSED = [
     # roots, chain, key, complaint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from meshbpf.agent import ca_files
 from meshbpf.agent.core import ca
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
-from meshbpf.agent.runtime.certs import CertificateStore
+from meshbpf.agent.runtime.certs import HURRY_SPREAD_S, CertificateStore
 from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
 from meshbpf.agent.runtime.issuing import Issued
 
@@ -26,6 +27,7 @@ START = datetime(2026, 5, 1, tzinfo=UTC)
 TTL = timedelta(hours=1)
 SHOP = SpiffeId("cluster.local", "web", "shop")
 STOCK = SpiffeId("cluster.local", "web", "stock")
+OTHER = SpiffeId("cluster.local", "web", "other")
 
 
 class Issuer(EmbeddedIssuer):
@@ -36,13 +38,18 @@ class Issuer(EmbeddedIssuer):
         super().__init__(folder)
         self.refuses = False
         self.issues_for: SpiffeId | None = None
+        self.takes_s = 0.0
+        """From signing to the answer's arrival."""
+        self.extra_roots_pem = b""
         self.asked: list[tuple[float, SpiffeId]] = []
 
     async def issue(self, identity: SpiffeId, not_before: datetime, not_after: datetime) -> Issued:
         self.asked.append((trio.current_time(), identity))
         if self.refuses:
             raise MeshbpfError("ca-down", "the CA is out")
-        return await super().issue(self.issues_for or identity, not_before, not_after)
+        issued = await super().issue(self.issues_for or identity, not_before, not_after)
+        await trio.sleep(self.takes_s)
+        return replace(issued, roots_pem=issued.roots_pem + self.extra_roots_pem)
 
 
 class Clock:
@@ -212,3 +219,46 @@ async def test_the_roots_are_told_by_fingerprint(autojump_clock: MockClock) -> N
     async with stored() as (store, _issuer):
         (root,) = store.describe().roots
         assert len(bytes.fromhex(root)) == 32
+
+
+async def test_each_says_which_root_it_leads_to(autojump_clock: MockClock) -> None:
+    async with stored() as (store, _issuer):
+        store.hold(SHOP, "web/a")
+        assert store.describe().certs[0].root == ""
+        await store.tls(SHOP)
+        (cert,) = store.describe().certs
+        assert (cert.root,) == store.describe().roots
+
+
+async def test_a_change_while_one_is_fetched_asks_for_another(autojump_clock: MockClock) -> None:
+    async with stored() as (store, issuer):
+        issuer.takes_s = 5
+        store.hold(SHOP, "web/a")
+        await trio.sleep(1)
+        # What is under way was signed by the CA of before.
+        store.renew_all()
+        first = await store.tls(SHOP)
+        await trio.sleep(issuer.takes_s + HURRY_SPREAD_S + 1)
+        assert len(issuer.asked) == 2
+        assert await store.tls(SHOP) is not first
+        await trio.sleep(60)
+        assert len(issuer.asked) == 2
+
+
+async def test_new_roots_that_come_with_a_certificate_renew_the_others(
+    autojump_clock: MockClock,
+) -> None:
+    async with stored() as (store, issuer):
+        store.hold(SHOP, "web/a")
+        store.hold(STOCK, "web/b")
+        await store.tls(SHOP)
+        await store.tls(STOCK)
+        issuer.asked.clear()
+        issuer.extra_roots_pem = ca.create("cluster.local", START).roots_pem
+        store.hold(OTHER, "web/c")
+        await store.tls(OTHER)
+        await trio.sleep(HURRY_SPREAD_S + 1)
+        assert sorted(str(identity) for _, identity in issuer.asked) == sorted(
+            map(str, (OTHER, SHOP, STOCK))
+        )
+        assert len(store.describe().roots) == 2
