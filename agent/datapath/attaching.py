@@ -39,7 +39,7 @@ from meshbpf.agent.datapath.objects import CompiledCatalogue
 from meshbpf.agent.datapath.pins import Pins
 from meshbpf.agent.datapath.podmaps import PodMaps, flags_of
 from meshbpf.agent.datapath.podview import PodView, look
-from meshbpf.agent.datapath.programs import Programs
+from meshbpf.agent.datapath.programs import Spares
 from meshbpf.agent.datapath.records import Phase, PodRecord, Records, TcPoint
 from meshbpf.agent.datapath.steering_types import Listeners, OnAgentDown, PodSteering
 from meshbpf.bpf import PROGRAMS_BY_NAME, AttachType, PodFlag
@@ -53,6 +53,7 @@ class Attacher:
     compiled: CompiledCatalogue
     maps: Mapping[str, Map]
     records: Records
+    spares: Spares
     use_tcx: bool
     carries: PodFlag = PodFlag.NONE
     """What the kernel may carry for pods that want it: SAME_NODE, PLAINTEXT."""
@@ -61,7 +62,7 @@ class Attacher:
         """Capture a pod that is not captured. After an error there is no trace of it."""
         plumbing.refuse_foreign(pod.netns)
         view = look(pod.netns, pod.exempt_interfaces)
-        record = self._plan(pod, view, self.records.free_index())
+        record = self._plan(pod, view, self._index())
         try:
             self.records.put(record)
             pod_maps = PodMaps(self.maps)
@@ -120,6 +121,11 @@ class Attacher:
         PodMaps(self.maps).fill(record)
         self._put_in_place(record, netns)
         PodMaps(self.maps).start_connect_hook(record)
+
+    def _index(self) -> int:
+        if ready := self.spares.ready():
+            return min(ready)
+        return self.records.free_index(self.spares.indexes())
 
     def netns_of(self, record: PodRecord) -> Netns | None:
         """The pod's netns, None when it is gone. The caller closes it."""
@@ -240,7 +246,7 @@ class Attacher:
         """Routes, sysctls, sk_lookup, TC."""
         plumbing.install(netns, record.sysctls, _sources(record))
         self.pins.pod(record.index).mkdir(mode=0o700, exist_ok=True)
-        with Programs(self.compiled, self.maps, record.index) as programs:
+        with self.spares.take(record.index) as programs:
             links.hold_sk_lookup(self.pins, record.index, netns, programs.loader("sk_lookup"))
             for point in record.points:
                 load = programs.loader(point.program)

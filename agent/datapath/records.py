@@ -9,7 +9,7 @@ record undoes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -107,6 +107,9 @@ class Records:
         self._map.delete(codecs.u32(index))
         self._known.pop(index, None)
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def __iter__(self) -> Iterator[PodRecord]:
         return iter(sorted(self._known.values(), key=lambda record: record.key))
 
@@ -118,10 +121,10 @@ class Records:
         """The record of the pod that lives in this netns."""
         return next((record for record in self._known.values() if record.cookie == cookie), None)
 
-    def free_index(self) -> int:
-        """A pod index that is not in use; MeshbpfError when all are."""
+    def free_index(self, besides: Collection[int] = ()) -> int:
+        """A pod index that is not in use, nor in `besides`; MeshbpfError when all are."""
         for index in range(1, MAX_PODS):
-            if index not in self._known:
+            if index not in self._known and index not in besides:
                 return index
         raise MeshbpfError(
             "too-many-pods", f"this agent has {len(self._known)} pods, the most it takes"

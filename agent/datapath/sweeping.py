@@ -16,6 +16,7 @@ import msgspec
 
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.datapath.bpffs import PIN_ROOT
+from meshbpf.agent.datapath.grace_periods import take_back
 from meshbpf.agent.datapath.maps import Map
 from meshbpf.agent.datapath.netns import Netns
 from meshbpf.agent.datapath.pins import MAPS_DIRECTORY, exclusive, remove_tree
@@ -37,6 +38,8 @@ def sweep(keep: Path) -> tuple[str, ...]:
             try:
                 with exclusive(folder, fcntl.LOCK_NB):
                     if not _has_pods(folder):
+                        for schema in folder.iterdir():
+                            take_back(schema)
                         remove_tree(folder)
                         removed.append(folder.name)
             except (BlockingIOError, MeshbpfError, msgspec.MsgspecError):

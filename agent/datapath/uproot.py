@@ -13,9 +13,11 @@ from types import MappingProxyType
 
 from meshbpf.agent.datapath import bpffs
 from meshbpf.agent.datapath.attaching import Attacher
+from meshbpf.agent.datapath.grace_periods import expedited, take_back
 from meshbpf.agent.datapath.maps import Map
 from meshbpf.agent.datapath.objects import CompiledCatalogue
 from meshbpf.agent.datapath.pins import MAPS_DIRECTORY, Pins
+from meshbpf.agent.datapath.programs import Spares
 from meshbpf.agent.datapath.records import Records
 from meshbpf.bpf import MAPS
 
@@ -54,15 +56,22 @@ def _lift(pins: Pins) -> list[str]:
         records = Records(maps["records"])
         no_programs = CompiledCatalogue(pins.schema, MappingProxyType({}), MappingProxyType({}))
         attacher = Attacher(
-            pins=pins, compiled=no_programs, maps=maps, records=records, use_tcx=False
+            pins=pins,
+            compiled=no_programs,
+            maps=maps,
+            records=records,
+            spares=Spares(no_programs, maps),
+            use_tcx=False,
         )
         lifted = []
-        for record in list(records):
-            netns = attacher.netns_of(record)
-            try:
-                attacher.remove(record, netns)
-            finally:
-                if netns is not None:
-                    netns.close()
-            lifted.append(record.key)
+        take_back(pins.directory)
+        with expedited(pins.directory):
+            for record in list(records):
+                netns = attacher.netns_of(record)
+                try:
+                    attacher.remove(record, netns)
+                finally:
+                    if netns is not None:
+                        netns.close()
+                lifted.append(record.key)
     return lifted

@@ -76,6 +76,8 @@ class PodManager:
         self._locator = locator
         self._carrier = carrier
         self._mesh_changed = trio.Event()
+        self._attached = trio.Event()
+        """Set with the next one, then replaced."""
         self._settings = settings
         self._store = store
         self._path = path
@@ -202,6 +204,21 @@ class PodManager:
 
     async def watch(self) -> None:
         """Detach pods whose namespace went away, retry failed ones, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_spares)
+            await self._watch()
+
+    async def _keep_spares(self) -> None:
+        while True:
+            taken = self._attached
+            try:
+                await trio.to_thread.run_sync(self._steering.prepare)
+            except MeshbpfError as error:
+                # The next attach will meet it too, and tell who asked for it.
+                log.warning("no programs loaded ahead", cause=error)
+            await taken.wait()
+
+    async def _watch(self) -> None:
         while True:
             await trio.sleep(WATCH_S)
             for pod in self.list():
@@ -350,6 +367,8 @@ class PodManager:
             if before is None or before.waiting or before.identity != pod.identity:
                 self._certificates.release(pod.identity, pod.key)
             raise
+        self._attached.set()
+        self._attached = trio.Event()
         self._warn_of_doubts(pod)
         if self._carrier is not None and pod.local is not None and not pod.proxied:
             self._carrier.add(pod.local)

@@ -14,12 +14,12 @@ from tests.cni.plugin import Plugin
 from tests.cni.test_verbs import pins
 from tests.testbed import Testbed
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.cni]
 
 ROUNDS = 500
 """A pod is one ADD and one DEL."""
-WINDOW_S = 150.0
-"""Twice what two quiet cores take (docs/performance.md); a minute is not reached yet."""
+WINDOW_S, CALL_MS = 60.0, 20.0
+"""For all, and for the median of the calls; docs/performance.md has the figures."""
 
 
 def test_500_pods_come_and_go_and_nothing_is_left(
@@ -28,6 +28,9 @@ def test_500_pods_come_and_go_and_nothing_is_left(
     pods = [bed.add_pod(f"rate{number}", 1) for number in range(10)]
     bed.wait_mesh()
     agent = bed.agents[1]
+    # One round first: descriptors of programs loaded ahead are there from then on.
+    for command in ("ADD", "DEL"):
+        assert plugin.run(command, pods[0].name, pods[0].netns, "c").status == 0
     before = pins(agent.agent_id())
     descriptors = len(list(Path(f"/proc/{agent.pid}/fd").iterdir()))
     took_ms: dict[str, list[float]] = {"ADD": [], "DEL": []}
@@ -47,6 +50,7 @@ def test_500_pods_come_and_go_and_nothing_is_left(
             print(f"\n{command}: p50 {cuts[49]:.1f} ms, p99 {cuts[98]:.1f} ms", end="")
         print(f"; {ROUNDS} pods in {whole_s:.1f} s, {cpu_ms:.1f} ms of the agent's CPU a pod")
     assert whole_s < WINDOW_S
+    assert all(statistics.median(values) < CALL_MS for values in took_ms.values()), took_ms
     assert pins(agent.agent_id()) == before
     assert json.loads((agent.state_dir / "attachments.json").read_text())["attachments"] == []
     assert len(list(Path(f"/proc/{agent.pid}/fd").iterdir())) <= descriptors + 5
