@@ -83,6 +83,9 @@ class Exemptions:
     interfaces: frozenset[str] = frozenset()
 
 
+_URL_HINT = "write https://HOST:PORT, for instance https://istiod.istio-system.svc:15012"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Everything `run` was told. Building one with a wrong value raises ConfigError."""
@@ -189,11 +192,9 @@ class Settings:
             raise _bad("trust-domain", self.trust_domain, "write it as a DNS name in lower case")
         if not is_object_name(self.cluster_domain):
             raise _bad("cluster-domain", self.cluster_domain, "write it as a DNS name")
-        for option, url in (("xds", self.xds), ("ca", self.ca)):
-            signer = option == "ca" and kube_signer(url)
-            if url and control_plane_address(url) is None and not signer:
-                example = "for instance https://istiod.istio-system.svc:15012"
-                raise _bad(option, url, f"write https://HOST:PORT, {example}")
+        if self.xds and control_plane_address(self.xds) is None:
+            raise _bad("xds", self.xds, _URL_HINT)
+        check_ca(self.ca)
         if self.otlp and otlp_endpoint(self.otlp) is None:
             hint = "write http://HOST:PORT or https://HOST:PORT, for instance http://otel:4318"
             raise _bad("otlp", self.otlp, hint)
@@ -278,6 +279,12 @@ def control_plane_address(url: str) -> tuple[str, int] | None:
     if found.scheme != "https" or not found.hostname or port is None or found.path.strip("/"):
         return None
     return found.hostname, port
+
+
+def check_ca(ca: str) -> None:
+    """Refuse what --ca cannot be. Empty passes. Raises ConfigError."""
+    if ca and control_plane_address(ca) is None and not kube_signer(ca):
+        raise _bad("ca", ca, f"{_URL_HINT}; or kubernetes-csr:SIGNER")
 
 
 def kube_signer(ca: str) -> str:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshbpf.agent.config import (
+    ISTIO_ROOT,
+    ISTIO_TOKEN,
     READINESS_PORT,
     STATS_PORT,
     LogFormat,
     LogLevel,
     OptionError,
+    check_ca,
     is_object_name,
 )
 from meshbpf.agent.core.address import IPAddress
@@ -27,11 +30,18 @@ class WaypointSettings:
 
     namespace: str
     name: str
-    ca_dir: Path
     state_dir: Path
     service_account: str
     addresses: tuple[IPAddress, ...]
     """Our own, by which the mesh state names us; none given means all of this host."""
+    ca_dir: Path | None = None
+    """The certificate comes from one of this and `ca`."""
+    ca: str = ""
+    """As the agent's, but istiod is asked by our own account's token, for ourselves."""
+    ca_root: str = ISTIO_ROOT
+    ca_name: str = ""
+    token_file: Path = ISTIO_TOKEN
+    cluster_id: str = "Kubernetes"
     local_xds: Path | None = None
     manifests: Path | None = None
     kubernetes: bool = False
@@ -60,6 +70,13 @@ class WaypointSettings:
                 raise OptionError(option, value, "write it as a DNS name in lower case")
         if not 1 <= self.workers <= WORKERS_LIMIT:
             raise OptionError("workers", self.workers, f"from 1 to {WORKERS_LIMIT}")
+        check_ca(self.ca)
+        if (self.ca_dir is None) == (not self.ca):
+            raise ConfigError(
+                "missing-setting",
+                "the certificate comes from exactly one of --ca-dir and --ca",
+                "give --ca-dir with an embedded CA's folder, or --ca https://HOST:PORT for istiod",
+            )
         sources = (self.local_xds is not None, self.manifests is not None, self.kubernetes)
         if sum(sources) != 1:
             raise ConfigError(

@@ -140,7 +140,9 @@ def _prepare(
     if predecessor is not None:
         notifier.hold()
         inheritance = Inheritance.receive(predecessor, os.getpid(), meshbpf.__version__)
-    issuer, trust_domain = sources.issuer(settings, os.environ)
+    issuer, trust_domain = None, ""
+    if settings.proxy != "ztunnel":  # which has certificates of its own
+        issuer, trust_domain = sources.issuer(settings, os.environ, impersonates=True)
     if settings.origins.get("trust_domain", "default") == "default" and trust_domain:
         settings = replace(settings, trust_domain=trust_domain)
     source = _source(settings)

@@ -1,5 +1,7 @@
 """Certificates from istiod, which signs for the pods of the node that our token is bound to.
 
+A waypoint asks for its own certificate alone, by the token of its own account.
+
 One connection serves all requests. It is opened anew when it breaks and when
 the file of roots that istiod is checked by changes; that change is also how a
 node learns that the mesh's root is being rotated, so certificates are renewed
@@ -39,8 +41,14 @@ class IstiodIssuer:
     remote = True
 
     def __init__(
-        self, plane: ControlPlane, now: Callable[[], datetime], *, watch_s: float = WATCH_S
+        self,
+        plane: ControlPlane,
+        now: Callable[[], datetime],
+        *,
+        impersonates: bool = True,
+        watch_s: float = WATCH_S,
     ) -> None:
+        self._impersonates = impersonates
         self._plane = plane
         self._now = now
         self._watch_s = watch_s
@@ -81,6 +89,7 @@ class IstiodIssuer:
             identity,
             signing_request(identity, key),
             round((not_after - self._now()).total_seconds()),
+            impersonated=self._impersonates,
         )
         channel = await self._connected()
         try:
@@ -91,7 +100,8 @@ class IstiodIssuer:
                 metadata=await self._plane.metadata(),
             )
         except GrpcError as error:
-            raise MeshbpfError("ca-refused", f"{identity}: {error.what}", _hint(error)) from error
+            hint = _hint(error, self._impersonates)
+            raise MeshbpfError("ca-refused", f"{identity}: {error.what}", hint) from error
         found = istio_ca.decode(identity, answer)
         check_answer(identity, key, found.chain_pem, self._now())
         check_roots(identity, found.roots_pem)
@@ -129,8 +139,10 @@ class IstiodIssuer:
         return signature_of(Path(self._plane.root))  # None while a projected volume is replaced
 
 
-def _hint(error: GrpcError) -> str:
+def _hint(error: GrpcError, impersonates: bool) -> str:
     if error.status in (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED):
+        if not impersonates:
+            return "the token must be of this very account, for the audience istio-ca"
         return (
             "the token must be bound to the agent's own Pod on this node, for the audience "
             "istio-ca, and its account be one of istiod's CA_TRUSTED_NODE_ACCOUNTS"

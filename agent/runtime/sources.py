@@ -16,7 +16,10 @@ from meshbpf.agent.runtime.istiod_issuer import IstiodIssuer
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kubernetes_csr import KubernetesCsrIssuer
 from meshbpf.agent.runtime.xds_source import XdsSource
+from meshbpf.agent.waypoint_config import WaypointSettings
 from meshbpf.agent.wire import xds
+
+CaSettings = Settings | WaypointSettings
 
 # ztunnel's: what stands behind them is the name of a header, and the value its value.
 _XDS_HEADER, _CA_HEADER = "XDS_HEADER_", "CA_HEADER_"
@@ -32,13 +35,14 @@ def xds_source(settings: Settings, environ: Mapping[str, str]) -> XdsSource:
     )
 
 
-def issuer(settings: Settings, environ: Mapping[str, str]) -> tuple[Issuer | None, str]:
-    """Who signs, and the trust domain that it signs for, where it says so; None: nobody.
+def issuer(
+    settings: CaSettings, environ: Mapping[str, str], *, impersonates: bool
+) -> tuple[Issuer, str]:
+    """Who signs, and the trust domain that it signs for, where it says so.
 
+    `impersonates`: istiod is asked on behalf of others, as by a node agent.
     Raises MeshbpfError when the embedded CA cannot be loaded.
     """
-    if settings.proxy == "ztunnel":
-        return None, ""
     if settings.ca_dir is not None:
         embedded = EmbeddedIssuer(settings.ca_dir)
         return embedded, embedded.trust_domain
@@ -48,11 +52,11 @@ def issuer(settings: Settings, environ: Mapping[str, str]) -> tuple[Issuer | Non
     plane = _plane(
         settings, settings.ca, settings.ca_root, settings.ca_name, _headers(environ, _CA_HEADER)
     )
-    return IstiodIssuer(plane, utc_now), ""
+    return IstiodIssuer(plane, utc_now, impersonates=impersonates), ""
 
 
 def _plane(
-    settings: Settings, url: str, root: str, name: str, headers: tuple[tuple[str, str], ...]
+    settings: CaSettings, url: str, root: str, name: str, headers: tuple[tuple[str, str], ...]
 ) -> ControlPlane:
     address = control_plane_address(url)
     assert address is not None  # noqa: S101 (Settings refuses others)

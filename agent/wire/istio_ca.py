@@ -22,13 +22,18 @@ class CaAnswer:
     roots_pem: bytes
 
 
-def encode(identity: SpiffeId, csr_pem: bytes, validity_s: int) -> bytes:
-    """Ask for `identity`'s certificate on its behalf: a node agent is not it."""
-    metadata = struct_pb2.Struct()
-    metadata.update({"ImpersonatedIdentity": str(identity)})
-    return pb.IstioCertificateRequest(
-        csr=csr_pem.decode("ascii"), validity_duration=validity_s, metadata=metadata
-    ).SerializeToString()
+def encode(identity: SpiffeId, csr_pem: bytes, validity_s: int, *, impersonated: bool) -> bytes:
+    """Ask for `identity`'s certificate.
+
+    `impersonated`: on its behalf, as a node agent does, whose own token names
+    another account. Without it the token must be that identity's own.
+    """
+    request = pb.IstioCertificateRequest(csr=csr_pem.decode("ascii"), validity_duration=validity_s)
+    if impersonated:
+        metadata = struct_pb2.Struct()
+        metadata.update({"ImpersonatedIdentity": str(identity)})
+        request.metadata.CopyFrom(metadata)
+    return request.SerializeToString()
 
 
 def decode(identity: SpiffeId, data: bytes) -> CaAnswer:

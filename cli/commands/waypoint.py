@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from meshbpf.agent.config import READINESS_PORT, STATS_PORT, OptionError
+from meshbpf.agent.config import ISTIO_ROOT, ISTIO_TOKEN, READINESS_PORT, STATS_PORT, OptionError
 from meshbpf.agent.core.address import AddressError, IPAddress, parse_ip
 from meshbpf.agent.core.workload import HBONE_PORT
 from meshbpf.agent.waypoint_config import (
@@ -23,8 +23,37 @@ _FILE = click.Path(path_type=Path, readable=False)
 
 @click.command("waypoint", short_help="Run a waypoint: routes and policy for HTTP.")
 @click.option("--name", required=True, metavar="NS/NAME", help="The Gateway that it is.")
+@click.option("--ca-dir", type=_FILE, metavar="DIR", help="The embedded CA's folder.")
 @click.option(
-    "--ca-dir", type=_FILE, required=True, metavar="DIR", help="The embedded CA's folder."
+    "--ca",
+    default="",
+    metavar="CA",
+    help="In its place: https://HOST:PORT of istiod, or kubernetes-csr:SIGNER.",
+)
+@click.option(
+    "--ca-root",
+    default=ISTIO_ROOT,
+    show_default=True,
+    metavar="FILE",
+    help="Roots that istiod is checked by, or SYSTEM; of a signer: its own.",
+)
+@click.option(
+    "--ca-name", default="", metavar="NAME", help="Of istiod's certificate.  [default: the host]"
+)
+@click.option(
+    "--token-file",
+    type=_FILE,
+    default=ISTIO_TOKEN,
+    show_default=True,
+    metavar="FILE",
+    help="The own account's token, by which istiod knows who asks.",
+)
+@click.option(
+    "--cluster-id",
+    default="Kubernetes",
+    show_default=True,
+    metavar="ID",
+    help="istiod's name for the cluster that the token is from.",
 )
 @click.option(
     "--manifests",

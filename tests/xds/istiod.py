@@ -91,6 +91,8 @@ class Istiod:
     authority: ca.CertificateAuthority
     port: int = 0
     tokens: set[str] = field(default_factory=lambda: {TOKEN})
+    accounts: dict[str, str] = field(default_factory=dict)
+    """Tokens of workloads that ask for themselves: their identities."""
     resources: dict[str, dict[str, bytes]] = field(
         default_factory=lambda: {ADDRESS: {}, AUTHORIZATION: {}}
     )
@@ -99,7 +101,6 @@ class Istiod:
     connections: list[Connection] = field(default_factory=list)
     script: Callable[[Stream], object] | None = None
     """Instead of what istiod would do; an async function of the stream."""
-    ca_down: bool = False
     roots_pem: bytes = b""
     validity: timedelta = VALIDITY
     asked: list[str] = field(default_factory=list)
@@ -216,17 +217,20 @@ class Istiod:
         if not await self._admitted(call):
             return
         request = citadel_pb2.IstioCertificateRequest.FromString(await call.request())
-        identity = request.metadata["ImpersonatedIdentity"]
+        # Of a node agent the identity that it acts for, of others their token's own.
+        token = call.headers["authorization"].removeprefix("Bearer ")
+        identity = self.accounts.get(token) or request.metadata["ImpersonatedIdentity"]
+        assert token not in self.accounts or not request.HasField("metadata")
         self.asked.append(identity)
         await trio.sleep(self.signing_takes_s)
-        if self.ca_down:
-            await call.end(("grpc-status", "14"), ("grpc-message", "the CA is out"))
-            return
         csr = x509.load_pem_x509_csr(request.csr.encode())
         assert csr.is_signature_valid
         san = csr.extensions.get_extension_for_class(x509.SubjectAlternativeName)
         assert san.critical
-        assert san.value.get_values_for_type(x509.UniformResourceIdentifier) == [identity]
+        wanted = san.value.get_values_for_type(x509.UniformResourceIdentifier)
+        if wanted != [identity]:
+            await _refuse(call, 7, "CSR is for another identity")
+            return
         key = csr.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
         now = self.now()
@@ -247,12 +251,7 @@ class Istiod:
         token = call.headers.get("authorization", "").removeprefix("Bearer ")
         if token in self.tokens and call.headers.get("clusterid") == "Kubernetes":
             return True
-        await call.end(
-            (":status", "200"),
-            ("content-type", "application/grpc"),
-            ("grpc-status", "16"),
-            ("grpc-message", "authentication failure"),
-        )
+        await _refuse(call, 16, "authentication failure")
         return False
 
     def hang_up(self) -> None:
@@ -291,6 +290,16 @@ def server_certificate(authority: ca.CertificateAuthority, directory: Path) -> s
     context.load_cert_chain(file)
     context.set_alpn_protocols(["h2"])
     return context
+
+
+async def _refuse(call: ServerCall, status: int, message: str) -> None:
+    """Without headers before: a response of trailers alone."""
+    await call.end(
+        (":status", "200"),
+        ("content-type", "application/grpc"),
+        ("grpc-status", str(status)),
+        ("grpc-message", message),
+    )
 
 
 @asynccontextmanager

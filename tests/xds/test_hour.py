@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -131,9 +132,9 @@ async def test_an_hour_without_istiod_leaves_the_mesh_as_it_was(
 
 
 @asynccontextmanager
-async def certified(world: World) -> AsyncIterator[CertificateStore]:
+async def certified(world: World, *, impersonates: bool = True) -> AsyncIterator[CertificateStore]:
     async with trio.open_nursery() as nursery:
-        issuer = IstiodIssuer(world.plane(), world.now, watch_s=20)
+        issuer = IstiodIssuer(world.plane(), world.now, impersonates=impersonates, watch_s=20)
         store = CertificateStore(
             issuer, nursery, ttl=timedelta(hours=1), now=world.now, rng=random.Random(1)
         )
@@ -155,6 +156,20 @@ async def test_a_certificate_is_renewed_at_half_its_life(
         await trio.sleep(2 * 60)
         assert (await store.tls(WEB)).not_after > first.not_after
         assert world.istiod.asked == [str(WEB)] * 2
+
+
+async def test_a_waypoint_asks_for_itself_and_gets_no_other_certificate(
+    world: World, autojump_clock: MockClock
+) -> None:
+    world.istiod.accounts[TOKEN] = str(WEB)
+    async with certified(world, impersonates=False) as store:
+        store.hold(WEB, "shop/waypoint")
+        assert (await store.tls(WEB)).identity == WEB
+        other = replace(WEB, service_account="other")
+        store.hold(other, "shop/waypoint")
+        with pytest.raises(MeshbpfError, match="another identity") as caught:
+            await store.tls(other)
+        assert caught.value.hint.startswith("the token must be of this very account")
 
 
 async def test_with_the_ca_down_the_old_certificate_serves_to_its_end_and_is_replaced_after(

@@ -36,9 +36,8 @@ from meshbpf.agent.l7 import mesh_config
 from meshbpf.agent.l7.balancer import Balancer
 from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.l7.planner import Planner
-from meshbpf.agent.runtime import httpd, kube_config, logs, readiness
+from meshbpf.agent.runtime import httpd, kube_config, logs, readiness, sources
 from meshbpf.agent.runtime.certs import CertificateStore
-from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
 from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kube_watch import Kind
@@ -77,9 +76,9 @@ def run(settings: WaypointSettings) -> int:
         writer = logs.set_up(settings.log_level, settings.log_format)
         stack.callback(writer.close)
         _raise_descriptor_limit()
-        issuer = EmbeddedIssuer(settings.ca_dir)
+        issuer, trust_domain = sources.issuer(settings, os.environ, impersonates=False)
         if not settings.trust_domain:
-            settings = replace(settings, trust_domain=issuer.trust_domain or "cluster.local")
+            settings = replace(settings, trust_domain=trust_domain or "cluster.local")
         if settings.worker is None:
             stack.callback(StateDir.open(settings.state_dir).close)
         source = _source(settings)
