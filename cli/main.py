@@ -28,13 +28,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def _entry(name: str, summary: str) -> tuple[str, Entry]:
-    return name, Entry(f"meshbpf.cli.commands.{name}", summary)
+    return name, Entry(f"meshbpf.cli.commands.{name.replace('-', '_')}", summary)
 
 
 COMMANDS = dict(
     [
         _entry("run", "Run the node agent."),
         _entry("waypoint", "Run a waypoint: routes and policy for HTTP."),
+        _entry("waypoint-controller", "Run the waypoints that Gateways ask for."),
         _entry("reload", "Replace the running agent, and break no connection."),
         _entry("attach", "Steer a pod's connections through the agent."),
         _entry("detach", "Stop steering a pod, and leave no trace."),

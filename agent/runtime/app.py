@@ -37,13 +37,14 @@ import trio
 
 import meshbpf
 from meshbpf.agent.config import Settings
-from meshbpf.agent.core.errors import Exit, MeshbpfError, PrivilegeError
+from meshbpf.agent.core.errors import Exit, PrivilegeError
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.handover import Channel, Inheritance
 from meshbpf.agent.runtime import attachments, cni, heap, kube_config, logs, sources, takeover
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
+from meshbpf.agent.runtime.failures import told
 from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.fronts import Fronts
 from meshbpf.agent.runtime.issuing import Issuer
@@ -102,7 +103,7 @@ def run(settings: Settings, predecessor: Channel | None = None) -> int:
         try:
             trio.run(_main, prepared, strict_exception_groups=True)
         except BaseExceptionGroup as group:
-            error = _the_error(group)
+            error = told(group)
             if error is group:
                 log.error("agent failed", cause=group)
                 raise
@@ -235,14 +236,3 @@ def _raise_descriptor_limit() -> None:
     """Each carried connection takes two descriptors; the usual 1024 is far too few."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _the_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What a person is told: the one MeshbpfError inside, where that is all there is."""
-    known, other = group.split(MeshbpfError)
-    if known is None or other is not None:
-        return group
-    first: BaseException = known
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first

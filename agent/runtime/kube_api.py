@@ -115,6 +115,23 @@ class KubeApi:
         data = msgspec.json.encode(body)
         return await self._short("POST", path, {}, data, "application/json")
 
+    async def replace(self, path: str, body: dict[str, Any]) -> bytes:
+        """Put an object in the place of the one whose resourceVersion it bears.
+
+        As the server has it then. Raises KubeError, status 409 when that is not the newest.
+        """
+        data = msgspec.json.encode(body)
+        return await self._short("PUT", path, {}, data, "application/json")
+
+    async def apply(self, path: str, body: dict[str, Any], manager: str) -> bytes:
+        """Server-side apply: `manager` wants these fields so, whoever has them now.
+
+        As the server has the object then. Raises KubeError.
+        """
+        query = {"fieldManager": manager, "force": "true"}
+        data = msgspec.json.encode(body)
+        return await self._short("PATCH", path, query, data, "application/apply-patch+yaml")
+
     async def delete(self, path: str) -> None:
         """Delete an object. Raises KubeError."""
         await self._short("DELETE", path, {}, b"", "")

@@ -54,12 +54,20 @@ class Kind:
     plural: str
     selector: str = ""
     """A field selector, for part of the objects."""
+    labels: str = ""
+    """A label selector."""
 
     @property
     def path(self) -> str:
         """Of the list of all namespaces."""
         base = f"/apis/{self.group}" if self.group else "/api"
         return f"{base}/{self.version}/{self.plural}"
+
+    @property
+    def selectors(self) -> dict[str, str]:
+        """As parameters of a list or watch."""
+        both = {"fieldSelector": self.selector, "labelSelector": self.labels}
+        return {name: text for name, text in both.items() if text}
 
 
 class _Event(msgspec.Struct):
@@ -127,9 +135,7 @@ class Watcher:
 
     async def _list(self) -> None:
         found: dict[ObjectKey, KubeObject] = {}
-        query = {"limit": str(PAGE)}
-        if self._kind.selector:
-            query["fieldSelector"] = self._kind.selector
+        query = {"limit": str(PAGE)} | self._kind.selectors
         more = version = ""
         while True:
             page = await self._page(query | ({"continue": more} if more else {}))
@@ -164,9 +170,7 @@ class Watcher:
             "resourceVersion": self._version,
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(self._rng.randint(*WATCH_S)),
-        }
-        if self._kind.selector:
-            query["fieldSelector"] = self._kind.selector
+        } | self._kind.selectors
         before = self.events
         try:
             with trio.CancelScope() as alive:

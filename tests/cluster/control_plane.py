@@ -3,7 +3,7 @@
 The binaries are others' and are named by whoever runs this: ISTIOD is
 pilot-discovery, K8S_BIN a folder with kube-apiserver and kubectl; etcd is on
 PATH. Istio's CRDs come from ISTIO_CRDS, by default from an Istio source tree
-beside the folder that ISTIOD lies in.
+beside the folder that ISTIOD lies in; Gateway API's, likewise, from GATEWAY_CRDS.
 
 No kubelet runs: Node and Pod objects are created through the API, and the
 status of each Pod is patched to what a kubelet would report.
@@ -41,7 +41,8 @@ def missing() -> str:
     istiod, binaries = os.environ.get("ISTIOD"), os.environ.get("K8S_BIN")
     if not istiod or not binaries:
         return "name the binaries: make cluster-test ISTIOD=PATH K8S_BIN=DIR"
-    wanted = [Path(istiod), Path(binaries) / "kube-apiserver", Path(binaries) / "kubectl", crds()]
+    wanted = [Path(istiod), Path(binaries) / "kube-apiserver", Path(binaries) / "kubectl"]
+    wanted += [crds(), gateway_crds()]
     absent = [str(path) for path in wanted if not path.exists()]
     if shutil.which("etcd") is None:
         absent.append("etcd on PATH")
@@ -53,6 +54,14 @@ def crds() -> Path:
         return Path(given)
     beside = Path(os.environ["ISTIOD"]).resolve().parent.parent / "istio"
     return beside / "manifests" / "charts" / "base" / "files" / "crd-all.gen.yaml"
+
+
+def gateway_crds() -> Path:
+    """Gateway API's, as Istio's own tests have them."""
+    if given := os.environ.get("GATEWAY_CRDS"):
+        return Path(given)
+    beside = Path(os.environ["ISTIOD"]).resolve().parent.parent / "istio"
+    return beside / "tests" / "integration" / "pilot" / "testdata" / "gateway-api-crd.yaml"
 
 
 class ControlPlane:
@@ -87,7 +96,7 @@ class ControlPlane:
             str(self._binaries / "kube-apiserver"),
             f"--etcd-servers=http://127.0.0.1:{ETCD_PORT}",
             f"--secure-port={API_PORT}",
-            "--bind-address=127.0.0.1",
+            "--bind-address=0.0.0.0",
             "--advertise-address=127.0.0.1",
             "--endpoint-reconciler-type=none",
             f"--service-cluster-ip-range={SERVICES}",
@@ -100,9 +109,11 @@ class ControlPlane:
             f"--service-account-key-file={pki / 'sa.pub'}",
             f"--service-account-signing-key-file={pki / 'sa.key'}",
         )
-        self.kubeconfig.write_text(_kubeconfig(pki))
+        user = {"client-certificate": str(pki / "admin.pem"), "client-key": str(pki / "admin.key")}
+        self.kubeconfig.write_text(_kubeconfig(pki, "127.0.0.1", user))
         eventually("kube-apiserver is ready", self._api_is_ready, 120.0)
-        self.kubectl("apply", "--server-side", "-f", str(crds()), limit_s=120.0)
+        for file in (crds(), gateway_crds()):
+            self.kubectl("apply", "--server-side", "-f", str(file), limit_s=120.0)
 
     def _api_is_ready(self) -> bool:
         done = self.kubectl("get", "--raw", "/readyz", check=False)
@@ -131,13 +142,24 @@ class ControlPlane:
 
     def token(self, node: int) -> Path:
         """A token of the agent's account, bound to its own Pod on that node."""
+        return self.pod_token(AGENT_NAMESPACE, AGENT_ACCOUNT, agent_pod(node))
+
+    def pod_token(self, namespace: str, account: str, pod: str) -> Path:
+        """A token for istiod, as a projected volume of that Pod would hold it."""
         done = self.kubectl(
-            *("-n", AGENT_NAMESPACE, "create", "token", AGENT_ACCOUNT),
-            *("--audience", "istio-ca", "--bound-object-kind", "Pod"),
-            *("--bound-object-name", agent_pod(node)),
+            *("-n", namespace, "create", "token", account, "--audience", "istio-ca"),
+            *("--bound-object-kind", "Pod", "--bound-object-name", pod),
         )
-        path = self.directory / f"token{node}"
+        path = self.directory / f"token-{pod}"
         path.write_text(done.stdout)
+        return path
+
+    def account_kubeconfig(self, namespace: str, account: str) -> Path:
+        """For a process that runs under this account, anywhere in the testbed."""
+        done = self.kubectl("-n", namespace, "create", "token", account)
+        path = self.directory / f"kubeconfig-{account}"
+        user = {"token": done.stdout.strip()}
+        path.write_text(_kubeconfig(self.pki, node_address(1, 4), user))
         return path
 
     # -- istiod
@@ -243,7 +265,7 @@ def _make_pki(directory: Path) -> None:
     authority = _certificate(name, name, root, root, [x509.BasicConstraints(True, None)])
     _write(directory / "ca.pem", authority)
     for file, subject, sans in (
-        ("apiserver", [(NameOID.COMMON_NAME, "kube-apiserver")], ["127.0.0.1"]),
+        ("apiserver", [(NameOID.COMMON_NAME, "kube-apiserver")], ["127.0.0.1", node_address(1, 4)]),
         (
             "admin",
             [(NameOID.ORGANIZATION_NAME, "system:masters"), (NameOID.COMMON_NAME, "admin")],
@@ -313,12 +335,11 @@ def _write(path: Path, certificate: x509.Certificate) -> None:
     path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def _kubeconfig(pki: Path) -> str:
+def _kubeconfig(pki: Path, host: str, user: dict[str, str]) -> str:
     cluster = {
-        "server": f"https://127.0.0.1:{API_PORT}",
+        "server": f"https://{host}:{API_PORT}",
         "certificate-authority": str(pki / "ca.pem"),
     }
-    user = {"client-certificate": str(pki / "admin.pem"), "client-key": str(pki / "admin.key")}
     return json.dumps(
         {
             "apiVersion": "v1",

@@ -2,88 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from meshbpf.agent.api import CertsRequest, PoliciesRequest, StatusRequest, WorkloadsRequest
+from tests.cluster.bed import ADDRESS, ClusterBed
 from tests.cluster.control_plane import (
-    AGENT_NAMESPACE,
-    ISTIOD_PORT,
-    NAME,
-    ControlPlane,
-    agent_objects,
-    agent_pod,
     missing,
 )
 from tests.netns import talk
-from tests.progs.kube_objects import mesh_objects
-from tests.progs.pod import node_address
 from tests.progs.program import BedError, eventually
 from tests.progs.server import ECHO
-from tests.testbed import SUITE_TAG, Testbed
 
 pytestmark = [pytest.mark.peer, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
-ADDRESS = f"https://{node_address(1, 4)}:{ISTIOD_PORT}"
-REDIRECTED = {"ambient.istio.io/redirection": "enabled"}
-
-
-class ClusterBed(Testbed):
-    """A testbed whose mesh is a cluster's."""
-
-    def __init__(self, tag: str) -> None:
-        super().__init__(tag)
-        self.cluster = ControlPlane(self)
-        root = ("--xds-root", str(self.cluster.root_file), "--ca-root", str(self.cluster.root_file))
-        self.state_options = ("--xds", ADDRESS, "--xds-name", NAME, *root)
-        self.ca_options = ("--ca", ADDRESS, "--ca-name", NAME)
-
-    def environment(self, node: int) -> tuple[str, ...]:
-        names = (f"POD_NAME={agent_pod(node)}", f"POD_NAMESPACE={AGENT_NAMESPACE}")
-        return ("env", *names, f"INSTANCE_IP={node_address(node, 4)}")
-
-    def create_objects(self) -> None:
-        """The testbed's pods and services, as kubectl, CNI and kubelet would have made them."""
-        objects: list[dict[str, Any]] = []
-        for one in mesh_objects(self.pods.values()):
-            if one["kind"] == "Pod":
-                if "istio.io/dataplane-mode" not in one["metadata"]["labels"]:
-                    one["metadata"]["annotations"] = REDIRECTED
-                one["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
-            if one["kind"] == "Service":
-                # The test cluster has one family; pods have two all the same.
-                four = one["spec"]["clusterIPs"][0]
-                one["spec"] |= {"clusterIP": four, "clusterIPs": [four]}
-                one["spec"].pop("ipFamilies", None)
-                one["spec"].pop("ipFamilyPolicy", None)
-            objects.append(one)
-        nodes_first = sorted(objects, key=lambda one: one["kind"] in ("Pod", "Service"))
-        self.cluster.apply(*nodes_first)
-        self.cluster.apply(*agent_objects())
-
-    def launch_agents(self) -> None:
-        for node, agent in self.agents.items():
-            agent.launch("--token-file", str(self.cluster.token(node)))
-        for agent in self.agents.values():
-            agent.wait_ready(120.0)
-
-
-@pytest.fixture(scope="module")
-def bed() -> Iterator[ClusterBed]:
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    with ClusterBed(f"{SUITE_TAG}cl") as bed:
-        bed.cluster.start_kubernetes()
-        bed.create_objects()
-        bed.cluster.new_root()
-        bed.cluster.start_istiod()
-        bed.launch_agents()
-        bed.start_servers()
-        bed.attach_all()
-        yield bed
 
 
 def test_workloads_and_services_created_with_kubectl_arrive(bed: ClusterBed) -> None:

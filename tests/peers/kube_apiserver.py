@@ -48,7 +48,9 @@ def etcd() -> str | None:
     return str(beside) if beside.exists() else shutil.which("etcd")
 
 
-def crd(group: str, kind: str, plural: str, version: str = "v1") -> dict[str, Any]:
+def crd(
+    group: str, kind: str, plural: str, version: str = "v1", *, status: bool = False
+) -> dict[str, Any]:
     """As much of Istio's CRD as the API server needs to keep such objects."""
     schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     served = {
@@ -56,6 +58,7 @@ def crd(group: str, kind: str, plural: str, version: str = "v1") -> dict[str, An
         "served": True,
         "storage": True,
         "schema": {"openAPIV3Schema": schema},
+        "subresources": {"status": {}} if status else {},
     }
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
@@ -176,9 +179,11 @@ class KubeApiServer:
             if "status" in each and each["kind"] == "Pod":
                 self.patch_status(each["metadata"]["name"], each["metadata"]["namespace"], each)
 
-    def add_kind(self, group: str, kind: str, plural: str, version: str = "v1") -> None:
-        """Have it keep such objects, from now on."""
-        self.apply(crd(group, kind, plural, version))
+    def add_kind(
+        self, group: str, kind: str, plural: str, version: str = "v1", *, status: bool = False
+    ) -> None:
+        """Have it keep such objects, from now on; `status`: that is written by itself."""
+        self.apply(crd(group, kind, plural, version, status=status))
         self.kubectl("wait", "--for=condition=Established", f"crd/{plural}.{group}")
 
     def grant(self, name: str, rules: list[dict[str, Any]]) -> None:

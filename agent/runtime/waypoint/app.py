@@ -29,6 +29,7 @@ import trio
 
 import meshbpf
 from meshbpf.agent.core.errors import Exit, MeshbpfError
+from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.objects import ObjectSet
 from meshbpf.agent.core.state import MeshState
@@ -38,6 +39,7 @@ from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.l7.planner import Planner
 from meshbpf.agent.runtime import httpd, kube_config, logs, readiness, sources
 from meshbpf.agent.runtime.certs import CertificateStore
+from meshbpf.agent.runtime.failures import told
 from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kube_watch import Kind
@@ -63,6 +65,7 @@ from meshbpf.agent.waypoint_config import WaypointSettings
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DRAIN_S = 5.0
+CERTIFICATE_LOOK_S = 0.2
 
 log = Log("waypoint")
 
@@ -102,11 +105,11 @@ def run(settings: WaypointSettings) -> int:
                     strict_exception_groups=True,
                 )
         except BaseExceptionGroup as group:
-            known, other = group.split(MeshbpfError)
-            if known is None or other is not None:
+            error = told(group)
+            if error is group:
                 log.error("waypoint failed", cause=group)
                 raise
-            raise _first(known) from group
+            raise error from group
     return int(Exit.OK)
 
 
@@ -172,7 +175,7 @@ async def _main(
                 ready.done("mesh-state")
                 identity = live.identity.identity
                 certificates.hold(identity, f"{settings.namespace}/{settings.name}")
-                await certificates.tls(identity)
+                await _first_certificate(certificates, identity, wait=issuer.remote)
                 ready.done("certificate")
                 if pages.stats is not None:
                     page = Pages(proxy, inbound, certificates, source, extensions)
@@ -193,6 +196,22 @@ async def _main(
                 )
             services.cancel_scope.cancel()
     log.info("stopped")
+
+
+async def _first_certificate(
+    certificates: CertificateStore, identity: SpiffeId, *, wait: bool
+) -> None:
+    """Where the CA is elsewhere it may be down for a while; our own says what is wrong for good."""
+    while True:
+        try:
+            await certificates.tls(identity)
+        except MeshbpfError:
+            if not wait:
+                raise
+            # The store logs each attempt, and makes the next by itself.
+            await trio.sleep(CERTIFICATE_LOOK_S)
+        else:
+            return
 
 
 def _state(settings: WaypointSettings, source: MeshSource, extensions: Extensions) -> LiveState:
@@ -226,11 +245,3 @@ async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) 
 def _raise_descriptor_limit() -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _first(group: BaseExceptionGroup[MeshbpfError]) -> MeshbpfError:
-    found: BaseException = group
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    assert isinstance(found, MeshbpfError)  # noqa: S101 (split saw to it)
-    return found

@@ -1,0 +1,1 @@
+"""The controller of waypoints: one of several replicas leads."""

@@ -1,0 +1,106 @@
+"""The controller's process: follow the cluster, take part in the election, work while leading.
+
+It needs neither root nor BPF. Every replica follows the cluster, so that the
+next leader begins at once; 15021 answers when it does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+
+import trio
+
+import meshbpf
+from meshbpf.agent.controller_config import ControllerSettings
+from meshbpf.agent.core.errors import Exit
+from meshbpf.agent.core.kube_cluster import Cluster
+from meshbpf.agent.core.objects import ObjectSet
+from meshbpf.agent.l7 import mesh_config
+from meshbpf.agent.l7.deployment import CLASS, GATEWAY_CLASS_NAME
+from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
+from meshbpf.agent.runtime import kube_config, logs, readiness
+from meshbpf.agent.runtime.certs import utc_now
+from meshbpf.agent.runtime.controller.desired import Desired
+from meshbpf.agent.runtime.controller.lease import Leadership
+from meshbpf.agent.runtime.controller.reconcile import Reconciler
+from meshbpf.agent.runtime.failures import told
+from meshbpf.agent.runtime.kube_api import KubeApi
+from meshbpf.agent.runtime.kube_watch import Kind
+from meshbpf.agent.runtime.kubernetes import KubernetesSource, followed
+from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.readiness import Readiness
+
+LEASE = "meshbpf-waypoint-controller"
+_OURS = f"{GATEWAY_CLASS_NAME}={CLASS}"
+
+log = Log("controller")
+
+
+def run(settings: ControllerSettings) -> int:
+    """Run until told to stop; 0 after an orderly end. Raises MeshbpfError."""
+    with ExitStack() as stack:
+        writer = logs.set_up(settings.log_level, settings.log_format)
+        stack.callback(writer.close)
+        api = KubeApi(kube_config.load(settings.kubeconfig, os.environ))
+        listener = readiness.open_listener(settings.readiness_port)
+        try:
+            trio.run(_main, settings, api, listener, strict_exception_groups=True)
+        except BaseExceptionGroup as group:
+            error = told(group)
+            if error is group:
+                log.error("controller failed", cause=group)
+                raise
+            raise error from group
+    return int(Exit.OK)
+
+
+async def _main(settings: ControllerSettings, api: KubeApi, listener: socket.socket) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
+            ready = Readiness("mesh-state")
+            nursery.start_soon(readiness.serve, listener, ready)
+            source = _source(settings, api)
+            reconciler = Reconciler(
+                settings.template,
+                Desired(api),
+                lambda: source.objects or ObjectSet.EMPTY,
+                utc_now,
+                role=settings.role,
+            )
+            await nursery.start(source.watch, reconciler)
+            ready.done("mesh-state")
+            log.info("ready", version=meshbpf.__version__, source=source.origin)
+            leadership = Leadership(api, settings.namespace, LEASE, settings.identity, utc_now)
+            await leadership.run(reconciler.run)
+    log.info("stopped")
+
+
+def _source(settings: ControllerSettings, api: KubeApi) -> KubernetesSource:
+    template = settings.template
+    cluster = Cluster(
+        network=template.network,
+        trust_domain=template.trust_domain,
+        domain=template.cluster_domain,
+        root_namespace=template.root_namespace,
+    )
+    config_map = Kind("", "v1", "ConfigMap", "configmaps", f"metadata.name={mesh_config.NAME}")
+    own = [
+        Kind("", "v1", "ServiceAccount", "serviceaccounts", labels=_OURS),
+        Kind("apps", "v1", "Deployment", "deployments", labels=_OURS),
+    ]
+    if settings.role:
+        kind = "rbac.authorization.k8s.io", "v1", "ClusterRoleBinding", "clusterrolebindings"
+        own.append(Kind(*kind, f"metadata.name={settings.role}"))
+    return KubernetesSource(api, cluster, more=(*map(followed, L7_KINDS), config_map, *own))
+
+
+async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for number in signals:
+        log.info("stopping", signal=signal.Signals(number).name)
+        scope.cancel()
+        return

@@ -1,0 +1,135 @@
+"""`meshbpf waypoint-controller`: runs the waypoints that Gateways of a cluster ask for."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshbpf.agent.config import READINESS_PORT, OptionError
+from meshbpf.agent.controller_config import ControllerSettings, Template
+from meshbpf.cli.failure import CommandUsageError
+from meshbpf.cli.options import Session, common_options, pass_session
+
+_FILE = click.Path(path_type=Path, readable=False)
+
+
+@click.command("waypoint-controller", short_help="Run the waypoints that Gateways ask for.")
+@click.option("--image", required=True, metavar="IMAGE", help="Of meshbpf, for the waypoints.")
+@click.option(
+    "--ca",
+    required=True,
+    metavar="CA",
+    help="Who signs for waypoints: https://HOST:PORT of istiod, or kubernetes-csr:SIGNER.",
+)
+@click.option(
+    "--ca-name", default="", metavar="NAME", help="Of istiod's certificate.  [default: the host]"
+)
+@click.option(
+    "--roots-config-map",
+    default="istio-ca-root-cert",
+    show_default=True,
+    metavar="NAME",
+    help="With root-cert.pem, in each waypoint's namespace: what the CA is checked by.",
+)
+@click.option(
+    "--role",
+    default="",
+    metavar="NAME",
+    help="ClusterRole of the waypoints, and the ClusterRoleBinding kept for their accounts.",
+)
+@click.option(
+    "--namespace",
+    default="meshbpf-system",
+    show_default=True,
+    metavar="NS",
+    help="Of the Lease by which one of several replicas leads.",
+)
+@click.option(
+    "--identity", default="", metavar="NAME", help="Of this replica.  [default: the host's name]"
+)
+@click.option(
+    "--kubeconfig",
+    type=_FILE,
+    metavar="FILE",
+    help="How the API is reached.  [default: KUBECONFIG's, else the pod's own account]",
+)
+@click.option("--cluster-id", default="Kubernetes", show_default=True, metavar="ID")
+@click.option("--trust-domain", default="cluster.local", show_default=True, metavar="TD")
+@click.option("--cluster-domain", default="cluster.local", show_default=True, metavar="DOMAIN")
+@click.option("--root-namespace", default="istio-system", show_default=True, metavar="NS")
+@click.option("--network", default="", metavar="NAME", help="Of the waypoints.")
+@click.option(
+    "--pull-policy",
+    type=click.Choice(["Always", "IfNotPresent", "Never"]),
+    default="IfNotPresent",
+    show_default=True,
+)
+@click.option("--pull-secret", "pull_secrets", multiple=True, metavar="NAME")
+@click.option(
+    "--resources",
+    default="{}",
+    metavar="JSON",
+    help="Requests and limits of a waypoint's container.",
+)
+@click.option(
+    "--readiness-port",
+    type=click.IntRange(1, 65_535),
+    default=READINESS_PORT,
+    show_default=True,
+    help="Port of GET /healthz/ready.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least severe lines that are logged, here and by the waypoints.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["plain", "json"]),
+    default="plain",
+    show_default=True,
+    help="Form of the log lines.",
+)
+@common_options
+@pass_session
+def command(session: Session, /, **given: Any) -> int:
+    """Run a waypoint for every Gateway of class meshbpf-waypoint, until SIGTERM or SIGINT.
+
+    For each it keeps a ServiceAccount, a Service and a Deployment, which go with the Gateway, and
+    writes the Gateway's addresses once a pod is ready; routes and policies of its services get
+    conditions that say whether they are in force, and why not. Of several replicas one leads.
+    """
+    own = ("namespace", "role", "kubeconfig", "readiness_port", "log_level", "log_format")
+    settings = {name: given.pop(name) for name in own}
+    settings["identity"] = given.pop("identity") or socket.gethostname()
+    given["resources"] = _resources(given["resources"])
+    try:
+        template = Template(**given, log_level=settings["log_level"])
+        checked = ControllerSettings(**settings, template=template)
+    except OptionError as error:
+        raise CommandUsageError(error.code, error.what, error.hint) from error
+    # Only this command pays for trio, TLS and the routes.
+    from meshbpf.agent.runtime.controller.app import run
+
+    return run(checked)
+
+
+def _resources(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _bad_resources(text) from error
+    if not isinstance(found, dict):
+        raise _bad_resources(text)
+    return found
+
+
+def _bad_resources(text: str) -> CommandUsageError:
+    hint = 'write an object, for instance {"requests": {"cpu": "100m"}}'
+    return CommandUsageError("bad-resources", f"--resources: {text!r} is no JSON object", hint)
