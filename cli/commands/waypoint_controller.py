@@ -57,18 +57,49 @@ _FILE = click.Path(path_type=Path, readable=False)
     metavar="FILE",
     help="How the API is reached.  [default: KUBECONFIG's, else the pod's own account]",
 )
-@click.option("--cluster-id", default="Kubernetes", show_default=True, metavar="ID")
-@click.option("--trust-domain", default="cluster.local", show_default=True, metavar="TD")
-@click.option("--cluster-domain", default="cluster.local", show_default=True, metavar="DOMAIN")
-@click.option("--root-namespace", default="istio-system", show_default=True, metavar="NS")
+@click.option(
+    "--cluster-id",
+    default="Kubernetes",
+    show_default=True,
+    metavar="ID",
+    help="istiod's name for the cluster.",
+)
+@click.option(
+    "--trust-domain",
+    default="cluster.local",
+    show_default=True,
+    metavar="TD",
+    help="Of the waypoints.",
+)
+@click.option(
+    "--cluster-domain",
+    default="cluster.local",
+    show_default=True,
+    metavar="DOMAIN",
+    help="Below it are the names of the cluster's services.",
+)
+@click.option(
+    "--root-namespace",
+    default="istio-system",
+    show_default=True,
+    metavar="NS",
+    help="Its policies for the GatewayClass hold at every waypoint.",
+)
 @click.option("--network", default="", metavar="NAME", help="Of the waypoints.")
 @click.option(
     "--pull-policy",
     type=click.Choice(["Always", "IfNotPresent", "Never"]),
     default="IfNotPresent",
     show_default=True,
+    help="When a node fetches the image.",
 )
-@click.option("--pull-secret", "pull_secrets", multiple=True, metavar="NAME")
+@click.option(
+    "--pull-secret",
+    "pull_secrets",
+    multiple=True,
+    metavar="NAME",
+    help="For the image, in each waypoint's namespace; may be repeated.",
+)
 @click.option(
     "--resources",
     default="{}",

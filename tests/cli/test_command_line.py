@@ -44,8 +44,9 @@ def test_every_command_takes_the_common_options(name: str) -> None:
 
 def test_help_lists_every_command_with_its_summary(meshbpf: Any) -> None:
     shown = meshbpf("--help").stdout
+    width = max(map(len, COMMANDS))
     for name, entry in COMMANDS.items():
-        assert f"  {name:<11}  {entry.summary}\n" in shown
+        assert f"  {name:<{width}}  {entry.summary}\n" in shown
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "ca init", "ca import", "ca show"])

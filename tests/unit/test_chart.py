@@ -12,6 +12,9 @@ import yaml
 import meshbpf
 from meshbpf.agent.config_keys import KEYS
 from meshbpf.agent.core.kube_mesh import KINDS
+from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
+from meshbpf.agent.l7.oversight import POLICY_KINDS
+from meshbpf.agent.l7.planner import ROUTE_KINDS
 from meshbpf.agent.runtime.kubernetes import plural
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +45,52 @@ def test_the_role_grants_what_is_watched_and_the_annotation_and_nothing_else() -
         for verb in ("get", "list", "watch")
     }
     assert granted == wanted | {("", "pods/status", "patch")}
+
+
+def granted(name: str) -> set[tuple[str, str, str]]:
+    """(group, resource, verb) of a file of rules."""
+    found = yaml.safe_load((CHART / "files" / f"{name}-rules.yaml").read_text())
+    return {
+        (group, resource, verb)
+        for rule in found
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def test_a_waypoint_may_read_what_it_follows_and_nothing_else() -> None:
+    kinds = [(group, kind) for group, _version, kind in (*KINDS, *L7_KINDS)]
+    assert granted("waypoint") == {
+        (group, plural(kind), verb)
+        for group, kind in (*kinds, ("", "ConfigMap"))
+        for verb in ("get", "list", "watch")
+    }
+
+
+def test_the_controller_may_write_what_it_applies_and_the_statuses_that_it_judges() -> None:
+    statuses = {("gateway.networking.k8s.io", kind) for kind in ("Gateway", "GatewayClass")}
+    statuses |= {("gateway.networking.k8s.io", kind) for kind in ROUTE_KINDS}
+    written = {
+        (group, resource, verb)
+        for group, resource, verb in granted("controller")
+        if verb not in ("get", "list", "watch")
+    }
+    assert written == {
+        *((group, f"{plural(kind)}/status", "patch") for group, kind in (*statuses, *POLICY_KINDS)),
+        *(
+            (group, resource, verb)
+            for group, resource in (
+                ("", "serviceaccounts"),
+                ("", "services"),
+                ("apps", "deployments"),
+                ("gateway.networking.k8s.io", "gatewayclasses"),
+            )
+            for verb in ("create", "patch")
+        ),
+        ("rbac.authorization.k8s.io", "clusterrolebindings", "patch"),
+        ("rbac.authorization.k8s.io", "clusterroles", "bind"),
+    }
 
 
 def test_every_metric_in_alerts_and_dashboard_is_one_that_the_agent_has() -> None:

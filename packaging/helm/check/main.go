@@ -22,10 +22,13 @@ import (
 
 var kinds = map[string]func() any{
 	"apps/v1/DaemonSet":                               func() any { return new(apps.DaemonSet) },
+	"apps/v1/Deployment":                              func() any { return new(apps.Deployment) },
 	"monitoring.coreos.com/v1/PodMonitor":             func() any { return new(monitoring.PodMonitor) },
 	"monitoring.coreos.com/v1/PrometheusRule":         func() any { return new(monitoring.PrometheusRule) },
 	"rbac.authorization.k8s.io/v1/ClusterRole":        func() any { return new(rbac.ClusterRole) },
 	"rbac.authorization.k8s.io/v1/ClusterRoleBinding": func() any { return new(rbac.ClusterRoleBinding) },
+	"rbac.authorization.k8s.io/v1/Role":               func() any { return new(rbac.Role) },
+	"rbac.authorization.k8s.io/v1/RoleBinding":        func() any { return new(rbac.RoleBinding) },
 	"v1/ConfigMap":                                    func() any { return new(core.ConfigMap) },
 	"v1/ServiceAccount":                               func() any { return new(core.ServiceAccount) },
 }

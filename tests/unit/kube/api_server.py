@@ -51,6 +51,7 @@ LISTS = {
     "/apis/security.istio.io/v1/peerauthentications": "PeerAuthentication",
 }
 
+LEASES = "/apis/coordination.k8s.io/v1/namespaces/meshbpf-system/leases"
 CSRS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
 
@@ -85,6 +86,10 @@ class ApiServer:
     patches: list[tuple[str, Any]] = field(default_factory=list)
     signs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """The status that a CertificateSigningRequest of this spec gets."""
+    manager: str = ""
+    """Who may apply."""
+    refuses: str = ""
+    """The plural of a kind that may not be applied."""
     cut_list_after: int | None = None
     """Bytes of a list that are sent before the connection is cut."""
     _stirred: trio.Event = field(default_factory=trio.Event)
@@ -193,10 +198,19 @@ class ApiServer:
             await self._send(tls, link, 401, {"message": "Unauthorized"})
         elif request.method == "PATCH":
             self.patches.append((parts.path, json.loads(body)))
+            if headers["content-type"] == "application/apply-patch+yaml":
+                assert query == {"fieldManager": self.manager, "force": "true"}
+                if self.refuses and self.refuses in parts.path.split("/"):
+                    await self._send(tls, link, 403, {"message": f"no {self.refuses} for you"})
+                else:
+                    await self._send(tls, link, 200, self._apply(json.loads(body)))
+                return
             assert headers["content-type"] == "application/merge-patch+json"
             await self._send(tls, link, 200, self._patch(parts.path, json.loads(body)))
         elif request.method == "POST":
             await self._send(tls, link, 201, self._create(parts.path, json.loads(body)))
+        elif request.method == "PUT":
+            await self._send(tls, link, *self._replace(parts.path, json.loads(body)))
         elif request.method == "DELETE":
             self.take("CertificateSigningRequest", "", parts.path.rpartition("/")[2])
             await self._send(tls, link, 200, {"status": "Success"})
@@ -214,17 +228,39 @@ class ApiServer:
     def _one(self, path: str) -> dict[str, Any] | None:
         if path.startswith(f"{CSRS}/"):
             return self.objects.get(("CertificateSigningRequest", "", path.rpartition("/")[2]))
+        if path.startswith(f"{LEASES}/"):
+            return self.objects.get(("Lease", "meshbpf-system", path.rpartition("/")[2]))
         _, _, _, _, namespace, plural, name = path.split("/")
         assert plural == "pods"
         return self.objects.get(("Pod", namespace, name))
 
     def _create(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path == LEASES:
+            return self.put(body | {"metadata": body["metadata"] | {"namespace": "meshbpf-system"}})
         assert path == CSRS
         name = f"{body['metadata']['generateName']}{self.version}"
         made = self.put(body | {"metadata": body["metadata"] | {"name": name}})
         if self.signs is not None:
             self.put(made | {"status": self.signs(made["spec"])})
         return made
+
+    def _replace(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        held = self._one(path)
+        version = body["metadata"].get("resourceVersion")
+        if held is None or held["metadata"]["resourceVersion"] != version:
+            return 409, {"message": "the object has been modified"}
+        return 200, self.put(body)
+
+    def _apply(self, body: dict[str, Any]) -> dict[str, Any]:
+        """As far as one manager alone makes an object: what is so already changes nothing."""
+        metadata = body["metadata"]
+        key = (body["kind"], metadata.get("namespace", ""), metadata["name"])
+        held = self.objects.get(key)
+        if held is not None:
+            same = held["metadata"] | metadata == held["metadata"]
+            if same and all(held.get(name) == body[name] for name in body if name != "metadata"):
+                return held
+        return self.put((held or {}) | body)
 
     def _patch(self, path: str, change: dict[str, Any]) -> dict[str, Any]:
         body = self._one(path.removesuffix("/status"))
