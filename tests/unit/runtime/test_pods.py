@@ -85,6 +85,8 @@ class Kernel:
         self.specs: dict[str, PodSteering] = {}
         self.calls: list[str] = []
         self.attach_error: Exception | None = None
+        self.prepare_error: MeshbpfError | None = None
+        self.prepared = 0
         self.detach_error: MeshbpfError | None = None
 
     def attach(self, pod: PodSteering, listeners: Listeners) -> AttachedPod:
@@ -110,6 +112,11 @@ class Kernel:
         self.listeners[pod.key] = listeners
         self.specs[pod.key] = pod
         return attached
+
+    def prepare(self) -> None:
+        self.prepared += 1
+        if self.prepare_error is not None:
+            raise self.prepare_error
 
     def detach(self, key: str) -> None:
         self.calls.append(f"detach {key}")
@@ -262,6 +269,23 @@ async def test_an_attached_pod_is_served_recorded_and_has_a_certificate(
         assert it.server.serving == ["web/a as shop"]
         assert it.recorded() == ["web/a"]
         assert it.identities() == ["shop"]
+
+
+async def test_each_attach_has_programs_loaded_for_the_next_one(
+    tmp_path: Path, netns: Callable[[str], Path]
+) -> None:
+    async with node(tmp_path) as it:
+        it.kernel.prepare_error = MeshbpfError("bpf", "no memory")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(it.pods.watch)
+            for name in ("a", "b"):
+                before = it.kernel.prepared
+                # That it failed before keeps no pod from being attached.
+                assert (await it.attach(name, netns(name))).outcome == "attached"
+                with trio.fail_after(5):
+                    while it.kernel.prepared == before:  # noqa: ASYNC110 (another thread counts)
+                        await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
 
 
 async def test_an_attach_that_cannot_be_written_down_is_undone(
