@@ -251,6 +251,37 @@ def test_an_allow_holds_for_opaque_connections_too(guarded: WaypointBed) -> None
     assert tcp_says(guarded, "p-allow", "n1b") == b""
 
 
+def tcp_total(bed: WaypointBed, name: str, service: str) -> float:
+    found = 0.0
+    for line in bed.ask_waypoint(15020, "/metrics")[1].splitlines():
+        if line.startswith(f"{name}{{") and f'destination_service_name="{service}"' in line:
+            assert 'reporter="waypoint"' in line
+            assert 'request_protocol="tcp"' in line
+            found += float(line.rpartition(" ")[2])
+    return found
+
+
+def test_opaque_connections_are_counted_with_their_bytes(guarded: WaypointBed) -> None:
+    names = ("connections_opened", "connections_closed", "received_bytes", "sent_bytes")
+
+    def totals() -> list[float]:
+        return [tcp_total(guarded, f"istio_tcp_{name}_total", "p-allow") for name in names]
+
+    before = totals()
+    with inside_connect(guarded["n1a"].netns, vip("p-allow"), 9090) as sock:
+        sock.sendall(b"ping\n")
+        answer = sock.recv(64)
+        # While it lives, too.
+        wanted = [1, 0, 5, len(answer)]
+        eventually("its bytes", lambda: growth(before, totals()) == wanted, 5.0)
+    wanted[1] = 1
+    eventually("its end", lambda: growth(before, totals()) == wanted, 5.0)
+
+
+def growth(before: list[float], after: list[float]) -> list[float]:
+    return [new - old for old, new in zip(before, after, strict=True)]
+
+
 def test_a_good_token_passes_and_its_claim_reaches_the_backend(guarded: WaypointBed) -> None:
     answer = guarded.get("p-jwt", headers={**bearer(token()), "x-user": "root"})
     assert answer.status == 200

@@ -1,6 +1,6 @@
 """The filter that tells of requests: it stands last, and counts what became of each.
 
-A TCP connection is not told of here: the opaque path has its own counters.
+A TCP connection is not told of here: who carries it counts it (tcp_metrics.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from meshbpf.agent.l7.telemetry.labels import LABELS, flags_of
 from meshbpf.agent.l7.telemetry.log_format import Line
 from meshbpf.agent.l7.telemetry.request_metrics import Metric, RequestMetrics
 from meshbpf.agent.l7.telemetry.rules import MetricRules, TraceRules
+from meshbpf.agent.l7.telemetry.tcp_metrics import TcpMetrics
 from meshbpf.agent.l7.telemetry.trace import SPAN, Span, SpanContext, begin_span, propagate
 
 _MAX_VALUE_CHARS = 256
@@ -31,6 +32,8 @@ class Sinks:
     """Where it is told; outlives changes of the objects. The shell sets what does I/O."""
 
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    tcp: TcpMetrics = field(default_factory=TcpMetrics)
+    """Whoever carries opaque connections counts them here."""
     write_line: Callable[[str, str], None] = lambda _path, _line: None
     """(path, line): must not wait."""
     export_span: Callable[[OtlpTracing, Span], None] = lambda _provider, _span: None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.traffic import UNKNOWN
 from meshbpf.agent.core.workload import Workload
-from meshbpf.agent.l7.exchange import Exchange, Protocol
+from meshbpf.agent.l7.exchange import Caller, Exchange, Protocol
 
 LABELS = (
     "reporter",
@@ -46,21 +46,31 @@ _NOBODY = (UNKNOWN,) * 7
 
 def labels_of(exchange: Exchange) -> Labels:
     """A value for each of LABELS."""
-    caller, endpoint = exchange.caller, exchange.endpoint
-    identity = caller.identity
-    source = _workload(caller.workload, UNKNOWN if identity is None else str(identity))
-    destination = _workload(endpoint, UNKNOWN if endpoint is None else str(endpoint.identity))
+    service = exchange.endpoint_service or exchange.destination.service
     return (
         "waypoint",
-        *source,
-        *destination,
-        *_service(exchange.endpoint_service or exchange.destination.service),
+        *ends_of(exchange.caller, exchange.endpoint, service),
         protocol_label(exchange),
         str(exchange.response.status) if exchange.response is not None else "0",
         grpc_status(exchange),
         flags_of(exchange),
-        "mutual_tls" if identity is not None else "none",
+        security_of(exchange.caller),
     )
+
+
+def ends_of(caller: Caller, endpoint: Workload | None, service: Service | None) -> Labels:
+    """Who asked, who answered, and as what service: all labels from source to destination."""
+    identity = caller.identity
+    return (
+        *_workload(caller.workload, UNKNOWN if identity is None else str(identity)),
+        *_workload(endpoint, UNKNOWN if endpoint is None else str(endpoint.identity)),
+        *_service(service),
+    )
+
+
+def security_of(caller: Caller) -> str:
+    """`connection_security_policy`."""
+    return "mutual_tls" if caller.identity is not None else "none"
 
 
 def flags_of(exchange: Exchange) -> str:

@@ -162,7 +162,7 @@ async def _main(
                 dialer = Dialer(certificates, work)
                 pools = Pools(dialer, work, LIMITS)
                 calls = Calls(live, pools, dialer, balancer, work, LIMITS, time.monotonic)
-                proxy = Proxy(live, pools, balancer, calls, work, LIMITS, rng)
+                proxy = Proxy(live, pools, balancer, calls, work, LIMITS, rng, extensions.sinks.tcp)
                 inbound = Inbound(proxy, certificates, work)
                 live.on_change(pools.evict)
                 live.on_change(balancer.keep_only)

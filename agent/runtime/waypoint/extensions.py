@@ -23,6 +23,7 @@ from meshbpf.agent.runtime.waypoint.request_families import (
     plugin_families,
     policy_families,
     request_families,
+    tcp_families,
 )
 from meshbpf.agent.runtime.waypoint.span_export import SpanExporter
 
@@ -69,6 +70,7 @@ class Extensions:
     def families(self) -> Iterator[Family]:
         """For the metrics page."""
         yield from request_families(self.sinks.metrics)
+        yield from tcp_families(self.sinks.tcp)
         yield from policy_families(self.sinks.policies)
         exported = self.spans.statistics
         lines = self.lines.statistics().values()

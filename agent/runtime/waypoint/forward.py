@@ -33,7 +33,7 @@ from meshbpf.agent.runtime.waypoint.message import (
     UnsentError,
     UpstreamRequest,
 )
-from meshbpf.agent.runtime.waypoint.opaque import Carried, join
+from meshbpf.agent.runtime.waypoint.opaque import join
 from meshbpf.agent.runtime.waypoint.run_filters import run_hook
 
 if TYPE_CHECKING:
@@ -417,14 +417,16 @@ class RequestRun:
         self._answering = True
         client, from_client = await self._to_client(self._request.switch(head))
         endpoint, from_endpoint = upstream.switch()
-        carried = Carried()
+        exchange = self._exchange
+
+        def count(sent: int, received: int) -> None:
+            exchange.request_bytes += sent
+            exchange.response_bytes += received
+
         try:
-            await join(client, endpoint, carried, to_other=from_client, to_one=from_endpoint)
+            await join(client, endpoint, count, to_other=from_client, to_one=from_endpoint)
         except BrokenError as error:
-            self._exchange.detail = error.what
-        finally:
-            self._exchange.request_bytes = carried.sent
-            self._exchange.response_bytes = carried.received
+            exchange.detail = error.what
 
     async def _start(self, head: ResponseHead, *, has_body: bool) -> None:
         self._answering = True

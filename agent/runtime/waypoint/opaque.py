@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import trio
 
 from meshbpf.agent.runtime.waypoint.channel import BrokenError, Channel
 
 
-@dataclass(slots=True)
-class Carried:
-    """What has gone through, from the first channel and from the second."""
-
-    sent: int = 0
-    received: int = 0
-
-
 async def join(
-    one: Channel, other: Channel, carried: Carried, *, to_other: bytes = b"", to_one: bytes = b""
+    one: Channel,
+    other: Channel,
+    carried: Callable[[int, int], None],
+    *,
+    to_other: bytes = b"",
+    to_one: bytes = b"",
 ) -> None:
     """Carry bytes until both directions have ended; close both in any case.
 
+    `carried` is told of bytes from the first channel, and from the second.
     `to_other` and `to_one` were received before, and go first. Raises
     BrokenError when either breaks; the other is then reset.
     """
@@ -29,7 +27,7 @@ async def join(
     async def forth() -> None:
         data = to_other or await one.receive()
         while data:
-            carried.sent += len(data)
+            carried(len(data), 0)
             await other.send(data)
             data = await one.receive()
         await other.send_eof()
@@ -37,7 +35,7 @@ async def join(
     async def back() -> None:
         data = to_one or await other.receive()
         while data:
-            carried.received += len(data)
+            carried(0, len(data))
             await one.send(data)
             data = await other.receive()
         await one.send_eof()

@@ -24,6 +24,7 @@ from meshbpf.agent.l7.message import RequestHead
 from meshbpf.agent.l7.plan import UNDECLARED, PortPlan, ServicePlan
 from meshbpf.agent.l7.retry import RetryBudget
 from meshbpf.agent.l7.rules import Backend
+from meshbpf.agent.l7.telemetry.tcp_metrics import TcpMetrics
 from meshbpf.agent.runtime.waypoint.calls import Calls
 from meshbpf.agent.runtime.waypoint.forward import RequestRun
 from meshbpf.agent.runtime.waypoint.limits import Limits
@@ -60,6 +61,7 @@ class Proxy:
         nursery: trio.Nursery,
         limits: Limits,
         rng: random.Random,
+        tcp: TcpMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = state
@@ -69,6 +71,7 @@ class Proxy:
         self.nursery = nursery
         self.limits = limits
         self.rng = rng
+        self.tcp = tcp
         self.clock = clock
         self.statistics = ProxyStatistics()
         self._budgets: dict[tuple[NamespacedHostname, int], RetryBudget] = {}

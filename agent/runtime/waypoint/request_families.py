@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from meshbpf.agent.l7.telemetry.request_metrics import (
     BUCKETS,
@@ -13,6 +13,7 @@ from meshbpf.agent.l7.telemetry.request_metrics import (
     RequestMetrics,
     Sample,
 )
+from meshbpf.agent.l7.telemetry.tcp_metrics import TCP_LABELS, TcpMetrics, TcpSeries
 from meshbpf.agent.l7.wasm.abi import MetricType
 from meshbpf.agent.l7.wasm.shared import PluginMetrics
 from meshbpf.agent.runtime.exposition import (
@@ -41,6 +42,22 @@ def request_families(metrics: RequestMetrics) -> Iterator[Family]:
         Kind.COUNTER,
         metrics.overflowed,
     )
+
+
+def tcp_families(metrics: TcpMetrics) -> Iterator[Family]:
+    """Istio's four of opaque connections."""
+    found = list(metrics)
+    for name, told, read in _TCP:
+        lines = [(label_text(TCP_LABELS, each.labels), read(each)) for each in found]
+        yield Family(name, told, Kind.COUNTER, lines)
+
+
+_TCP: tuple[tuple[str, str, Callable[[TcpSeries], int]], ...] = (
+    ("istio_tcp_connections_opened", "Opaque connections opened", lambda one: one.opened),
+    ("istio_tcp_connections_closed", "Opaque connections closed", lambda one: one.closed),
+    ("istio_tcp_received_bytes", "Bytes from clients", lambda one: one.received_bytes),
+    ("istio_tcp_sent_bytes", "Bytes to clients", lambda one: one.sent_bytes),
+)
 
 
 def policy_families(counts: Mapping[tuple[str, str], int]) -> Iterator[Family]:

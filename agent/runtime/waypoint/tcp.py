@@ -5,13 +5,13 @@ from __future__ import annotations
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.route import Refused
 from meshbpf.agent.l7.balancer import Choice, pod_choice
-from meshbpf.agent.l7.exchange import Connection
+from meshbpf.agent.l7.exchange import Connection, Flag
 from meshbpf.agent.l7.filter import Chain, Reply
 from meshbpf.agent.l7.plan import PortPlan
 from meshbpf.agent.l7.rules import Backend, Shares
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.waypoint.channel import BrokenError, Channel
-from meshbpf.agent.runtime.waypoint.opaque import Carried, join
+from meshbpf.agent.runtime.waypoint.opaque import join
 from meshbpf.agent.runtime.waypoint.proxy import Proxy
 
 log = Log("waypoint")
@@ -29,7 +29,6 @@ async def serve_tcp(
     received: bytes,
 ) -> None:
     """Carry one connection to its end; the client's side is closed in any case."""
-    carried = Carried()
     try:
         for hook in chain.connect:
             outcome = hook(connection)
@@ -41,16 +40,35 @@ async def serve_tcp(
                     cause=outcome.detail,
                 )
                 return
-        endpoint = await _connect(proxy, connection, port)
-        if endpoint is not None:
-            await join(client, endpoint, carried, to_other=received)
+        reached = await _connect(proxy, connection, port)
+        if isinstance(reached, Flag):
+            # As Envoy counts it: a connection that was closed at once.
+            series = proxy.tcp.series(connection, None, None, (reached,))
+            series.opened += 1
+            series.closed += 1
+            return
+        endpoint, choice = reached
+        series = proxy.tcp.series(connection, choice.workload, choice.service)
+        series.opened += 1
+
+        def count(from_client: int, to_client: int) -> None:
+            series.received_bytes += from_client
+            series.sent_bytes += to_client
+
+        try:
+            await join(client, endpoint, count, to_other=received)
+        finally:
+            series.closed += 1
     except BrokenError as error:
         log.debug("connection broke", cause=error, destination=connection.destination.authority)
     finally:
         client.close()
 
 
-async def _connect(proxy: Proxy, connection: Connection, port: PortPlan) -> Channel | None:
+async def _connect(
+    proxy: Proxy, connection: Connection, port: PortPlan
+) -> tuple[Channel, Choice] | Flag:
+    """A connection to an endpoint, or why there is none."""
     state = proxy.state
     backend = _backend(proxy, connection, port)
     tried: list[str] = []
@@ -60,7 +78,7 @@ async def _connect(proxy: Proxy, connection: Connection, port: PortPlan) -> Chan
             log.info(
                 "no endpoint", destination=connection.destination.authority, cause=choice.reason
             )
-            return None
+            return Flag.NO_HEALTHY_UPSTREAM
         proxy.balancer.began(choice)
         try:
             channel = await proxy.pools.open(state.own, choice)
@@ -68,12 +86,12 @@ async def _connect(proxy: Proxy, connection: Connection, port: PortPlan) -> Chan
             proxy.balancer.ended(choice, proxy.clock(), failed=True)
             log.info("no connection to the endpoint", endpoint=choice.route.target, cause=error)
             if choice.workload.uid in tried:
-                return None
+                break
             tried.append(choice.workload.uid)
             continue
         proxy.balancer.ended(choice, proxy.clock(), failed=False)
-        return channel
-    return None
+        return channel, choice
+    return Flag.UPSTREAM_FAILURE
 
 
 def _backend(proxy: Proxy, connection: Connection, port: PortPlan) -> Backend | None:
