@@ -27,9 +27,7 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import sys
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -44,7 +42,6 @@ from meshbpf.agent.handover import Channel, Inheritance
 from meshbpf.agent.runtime import attachments, cni, heap, kube_config, logs, sources, takeover
 from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
-from meshbpf.agent.runtime.failures import told
 from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.fronts import Fronts
 from meshbpf.agent.runtime.issuing import Issuer
@@ -52,13 +49,12 @@ from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.life import Life
 from meshbpf.agent.runtime.logs import Log, LogWriter
+from meshbpf.agent.runtime.main_loop import SIGNALS, one_error, stop_on_signal
 from meshbpf.agent.runtime.manifests import ManifestSource
 from meshbpf.agent.runtime.mesh_source import MeshSource
 from meshbpf.agent.runtime.notify import Notifier, take_stored
 from meshbpf.agent.runtime.state_dir import StateDir
 from meshbpf.agent.runtime.state_source import LocalXdsSource
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 log = Log("app")
 
@@ -100,14 +96,8 @@ def run(settings: Settings, predecessor: Channel | None = None) -> int:
         writer = logs.set_up(settings.log_level, settings.log_format)
         stack.callback(writer.close)
         prepared = _prepare(settings, stack, writer, predecessor)
-        try:
+        with one_error(log, "agent"):
             trio.run(_main, prepared, strict_exception_groups=True)
-        except BaseExceptionGroup as group:
-            error = told(group)
-            if error is group:
-                log.error("agent failed", cause=group)
-                raise
-            raise error from group
     return int(Exit.OK)
 
 
@@ -206,7 +196,7 @@ async def _main(prepared: Prepared) -> None:
             )
             life = Life(prepared, agent, services)
             async with trio.open_nursery() as work:
-                work.start_soon(_stop_on_signal, signals, work.cancel_scope)
+                work.start_soon(stop_on_signal, log, signals, work.cancel_scope)
                 work.start_soon(_stop_when_asked, agent, work.cancel_scope)
                 await life.begin()
                 heap.settle()
@@ -218,13 +208,6 @@ async def _main(prepared: Prepared) -> None:
                 await life.end(signals)
             services.cancel_scope.cancel()
     log.info("stopped")
-
-
-async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    async for number in signals:
-        log.info("stopping", signal=signal.Signals(number).name)
-        scope.cancel()
-        return
 
 
 async def _stop_when_asked(agent: Agent, scope: trio.CancelScope) -> None:

@@ -7,9 +7,7 @@ next leader begins at once; 15021 answers when it does.
 from __future__ import annotations
 
 import os
-import signal
 import socket
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 import trio
@@ -27,11 +25,11 @@ from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.controller.desired import Desired
 from meshbpf.agent.runtime.controller.lease import Leadership
 from meshbpf.agent.runtime.controller.reconcile import Reconciler
-from meshbpf.agent.runtime.failures import told
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kube_watch import Kind
 from meshbpf.agent.runtime.kubernetes import KubernetesSource, followed
 from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.main_loop import SIGNALS, one_error, stop_on_signal
 from meshbpf.agent.runtime.readiness import Readiness
 
 LEASE = "meshbpf-waypoint-controller"
@@ -47,21 +45,15 @@ def run(settings: ControllerSettings) -> int:
         stack.callback(writer.close)
         api = KubeApi(kube_config.load(settings.kubeconfig, os.environ))
         listener = readiness.open_listener(settings.readiness_port)
-        try:
+        with one_error(log, "controller"):
             trio.run(_main, settings, api, listener, strict_exception_groups=True)
-        except BaseExceptionGroup as group:
-            error = told(group)
-            if error is group:
-                log.error("controller failed", cause=group)
-                raise
-            raise error from group
     return int(Exit.OK)
 
 
 async def _main(settings: ControllerSettings, api: KubeApi, listener: socket.socket) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, signals, nursery.cancel_scope)
+            nursery.start_soon(stop_on_signal, log, signals, nursery.cancel_scope)
             ready = Readiness("mesh-state")
             nursery.start_soon(readiness.serve, listener, ready)
             source = _source(settings, api)
@@ -97,10 +89,3 @@ def _source(settings: ControllerSettings, api: KubeApi) -> KubernetesSource:
         kind = "rbac.authorization.k8s.io", "v1", "ClusterRoleBinding", "clusterrolebindings"
         own.append(Kind(*kind, f"metadata.name={settings.role}"))
     return KubernetesSource(api, cluster, more=(*map(followed, L7_KINDS), config_map, *own))
-
-
-async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    async for number in signals:
-        log.info("stopping", signal=signal.Signals(number).name)
-        scope.cancel()
-        return

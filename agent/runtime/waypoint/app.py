@@ -17,10 +17,8 @@ import gc
 import os
 import random
 import resource
-import signal
 import socket
 import time
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -39,12 +37,12 @@ from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.l7.planner import Planner
 from meshbpf.agent.runtime import httpd, kube_config, logs, readiness, sources
 from meshbpf.agent.runtime.certs import CertificateStore
-from meshbpf.agent.runtime.failures import told
 from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kube_watch import Kind
 from meshbpf.agent.runtime.kubernetes import KubernetesSource, followed
 from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.main_loop import SIGNALS, one_error, stop_on_signal
 from meshbpf.agent.runtime.manifests import ManifestSource
 from meshbpf.agent.runtime.mesh_source import MeshSource
 from meshbpf.agent.runtime.readiness import Readiness
@@ -63,7 +61,6 @@ from meshbpf.agent.runtime.waypoint.serve import Inbound
 from meshbpf.agent.runtime.waypoint.state import LiveState
 from meshbpf.agent.waypoint_config import WaypointSettings
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DRAIN_S = 5.0
 CERTIFICATE_LOOK_S = 0.2
 
@@ -86,7 +83,7 @@ def run(settings: WaypointSettings) -> int:
             stack.callback(StateDir.open(settings.state_dir).close)
         source = _source(settings)
         state = source.load()
-        try:
+        with one_error(log, "waypoint"):
             if settings.workers > 1 and settings.worker is None:
                 trio.run(workers.supervise, settings, strict_exception_groups=True)
             else:
@@ -104,12 +101,6 @@ def run(settings: WaypointSettings) -> int:
                     pages,
                     strict_exception_groups=True,
                 )
-        except BaseExceptionGroup as group:
-            error = told(group)
-            if error is group:
-                log.error("waypoint failed", cause=group)
-                raise
-            raise error from group
     return int(Exit.OK)
 
 
@@ -153,7 +144,7 @@ async def _main(
             )
             services.start_soon(issuer.run, certificates.renew_all)
             async with AsyncExitStack() as stack, trio.open_nursery() as work:
-                work.start_soon(_stop_on_signal, signals, work.cancel_scope)
+                work.start_soon(stop_on_signal, log, signals, work.cancel_scope)
                 extensions = Extensions(settings.namespace, settings.name)
                 stack.callback(extensions.close)
                 live = _state(settings, source, extensions)
@@ -233,13 +224,6 @@ def _state(settings: WaypointSettings, source: MeshSource, extensions: Extension
         network=settings.network,
         addresses=settings.addresses,
     )
-
-
-async def _stop_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    async for number in signals:
-        log.info("stopping", signal=signal.Signals(number).name)
-        scope.cancel()
-        return
 
 
 def _raise_descriptor_limit() -> None:

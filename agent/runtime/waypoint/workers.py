@@ -9,7 +9,6 @@ workers have is summed.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from meshbpf.agent.runtime import httpd, readiness
 from meshbpf.agent.runtime.exposition import TEXT
 from meshbpf.agent.runtime.httpd import Request, Response
 from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.main_loop import SIGNALS, stop_on_signal
 from meshbpf.agent.waypoint_config import WaypointSettings
 
 log = Log("waypoint")
@@ -58,17 +58,14 @@ async def supervise(settings: WaypointSettings) -> None:
     stats = httpd.open_listener(settings.stats_port, "stats") if settings.stats_port else None
     workers = [_Worker(number) for number in range(settings.workers)]
     summed = _Summed(workers)
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(*SIGNALS) as signals:
         async with trio.open_nursery() as nursery:
             for worker in workers:
                 nursery.start_soon(worker.keep)
             nursery.start_soon(httpd.serve, listeners, summed.ready)
             if stats is not None:
                 nursery.start_soon(httpd.serve, [stats], summed.metrics)
-            async for number in signals:
-                log.info("stopping", signal=signal.Signals(number).name)
-                break
-            nursery.cancel_scope.cancel()
+            await stop_on_signal(log, signals, nursery.cancel_scope)
 
 
 class _Worker:
