@@ -56,11 +56,11 @@ def _begin(marker: Path) -> bool:
             return False
         # The marker first: whoever finds it without the setting loses nothing.
         marker.mkdir(mode=0o700)
-        try:
-            SWITCH.write_text("1")
-        except OSError:
-            marker.rmdir()
-            return False
     except OSError:
+        return False
+    try:
+        SWITCH.write_text("1")
+    except OSError:
+        marker.rmdir()
         return False
     return True

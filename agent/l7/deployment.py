@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshbpf.agent.core.bindings import GATEWAY_API, NONE, USE_WAYPOINT
+from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.kube_names import DATAPLANE_MODE, GATEWAY_NAME
 from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.core.workload import HBONE_PORT
@@ -50,6 +51,16 @@ class Template:
     pull_secrets: tuple[str, ...] = ()
     resources: Mapping[str, Any] = field(default_factory=dict)
     log_level: str = "info"
+
+    @property
+    def cluster(self) -> Cluster:
+        """What the translation of its objects must know."""
+        return Cluster(
+            network=self.network,
+            trust_domain=self.trust_domain,
+            domain=self.cluster_domain,
+            root_namespace=self.root_namespace,
+        )
 
 
 def gateway_class() -> dict[str, Any]:

@@ -67,12 +67,12 @@ class Overseer:
     def look(self, objects: ObjectSet, mesh: Snapshot) -> Oversight:
         """Plan for every Gateway of our class."""
         gateways = list(gateways_of(objects))
-        names = {(each.namespace, each.name) for each in gateways}
+        names = set(map(name_of, gateways))
         self._planners = {name: each for name, each in self._planners.items() if name in names}
         bound: set[tuple[str, str]] = set()
         problems: defaultdict[ObjectKey, dict[Problem, None]] = defaultdict(dict)
         for gateway in gateways:
-            own = _destinations(mesh, gateway, self._template.cluster_domain)
+            own = _destinations(mesh, self._template.cluster.service_key(*name_of(gateway)))
             plan = self._planner(gateway).plan(objects, mesh, partial(_is_bound, own))
             bound |= {
                 (each.service.namespace, each.service.name) for each in plan.services.values()
@@ -82,7 +82,7 @@ class Overseer:
         return Oversight(frozenset(bound), {key: tuple(found) for key, found in problems.items()})
 
     def _planner(self, gateway: KubeObject) -> Planner:
-        name = gateway.namespace, gateway.name
+        name = name_of(gateway)
         if name not in self._planners:
             self._planners[name] = Planner(
                 *name,
@@ -91,6 +91,11 @@ class Overseer:
                 cluster_domain=self._template.cluster_domain,
             )
         return self._planners[name]
+
+
+def name_of(gateway: KubeObject) -> GatewayName:
+    """By which its Service, account and Deployment are found too."""
+    return gateway.namespace, gateway.name
 
 
 def gateways_of(objects: ObjectSet) -> Iterator[KubeObject]:
@@ -115,14 +120,14 @@ def statuses(
         wanted.append((own_class, class_status(own_class, now)))
     gateways = list(gateways_of(objects))
     for gateway in gateways:
-        found = deployed.get((gateway.namespace, gateway.name))
+        found = deployed.get(name_of(gateway))
         if found is not None:
             wanted.append((gateway, gateway_status(gateway, found, now)))
     for kind in ROUTE_KINDS:
         for route in objects.of_kind(GATEWAY_API, kind):
             problems = oversight.problems.get(route.key, ())
             wanted.append((route, route_status(route, oversight.bound, problems, now)))
-    places = {("Gateway", each.namespace, each.name) for each in gateways}
+    places = {("Gateway", *name_of(each)) for each in gateways}
     places |= {("Service", *each) for each in oversight.bound}
     if gateways:
         places.add(("GatewayClass", root_namespace, CLASS))
@@ -138,12 +143,10 @@ def statuses(
 
 
 def _destinations(
-    mesh: Snapshot, gateway: KubeObject, cluster_domain: str
+    mesh: Snapshot, key: NamespacedHostname
 ) -> frozenset[NetworkAddress | NamespacedHostname]:
-    """All ways to name the waypoint's Service."""
-    hostname = f"{gateway.name}.{gateway.namespace}.svc.{cluster_domain}"
-    key = NamespacedHostname(gateway.namespace, hostname)
-    service = mesh.service(gateway.namespace, hostname)
+    """All ways to name a waypoint's Service."""
+    service = mesh.service(key.namespace, key.hostname)
     return frozenset((key, *(service.addresses if service is not None else ())))
 
 

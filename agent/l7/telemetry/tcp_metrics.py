@@ -15,8 +15,7 @@ from meshbpf.agent.core.traffic import UNKNOWN
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.l7.exchange import Connection, Flag
 from meshbpf.agent.l7.telemetry.labels import LABELS, Labels, ends_of, security_of
-
-MAX_SERIES = 10_000
+from meshbpf.agent.l7.telemetry.request_metrics import MAX_SERIES
 
 TCP_LABELS = tuple(name for name in LABELS if name not in ("response_code", "grpc_response_status"))
 

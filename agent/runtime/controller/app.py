@@ -15,11 +15,8 @@ import trio
 import meshbpf
 from meshbpf.agent.controller_config import ControllerSettings
 from meshbpf.agent.core.errors import Exit
-from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.objects import ObjectSet
-from meshbpf.agent.l7 import mesh_config
 from meshbpf.agent.l7.deployment import CLASS, GATEWAY_CLASS_NAME
-from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.runtime import kube_config, logs, readiness
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.controller.desired import Desired
@@ -27,10 +24,11 @@ from meshbpf.agent.runtime.controller.lease import Leadership
 from meshbpf.agent.runtime.controller.reconcile import Reconciler
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kube_watch import Kind
-from meshbpf.agent.runtime.kubernetes import KubernetesSource, followed
+from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.main_loop import SIGNALS, one_error, stop_on_signal
 from meshbpf.agent.runtime.readiness import Readiness
+from meshbpf.agent.runtime.waypoint.followed import FOLLOWED
 
 LEASE = "meshbpf-waypoint-controller"
 _OURS = f"{GATEWAY_CLASS_NAME}={CLASS}"
@@ -73,14 +71,6 @@ async def _main(settings: ControllerSettings, api: KubeApi, listener: socket.soc
 
 
 def _source(settings: ControllerSettings, api: KubeApi) -> KubernetesSource:
-    template = settings.template
-    cluster = Cluster(
-        network=template.network,
-        trust_domain=template.trust_domain,
-        domain=template.cluster_domain,
-        root_namespace=template.root_namespace,
-    )
-    config_map = Kind("", "v1", "ConfigMap", "configmaps", f"metadata.name={mesh_config.NAME}")
     own = [
         Kind("", "v1", "ServiceAccount", "serviceaccounts", labels=_OURS),
         Kind("apps", "v1", "Deployment", "deployments", labels=_OURS),
@@ -88,4 +78,4 @@ def _source(settings: ControllerSettings, api: KubeApi) -> KubernetesSource:
     if settings.role:
         kind = "rbac.authorization.k8s.io", "v1", "ClusterRoleBinding", "clusterrolebindings"
         own.append(Kind(*kind, f"metadata.name={settings.role}"))
-    return KubernetesSource(api, cluster, more=(*map(followed, L7_KINDS), config_map, *own))
+    return KubernetesSource(api, settings.template.cluster, more=(*FOLLOWED, *own))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ from meshbpf.agent.core.state import MeshDelta, MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.store_delta import delta_to
 from meshbpf.agent.l7.deployment import Template, gateway_class, objects_of
-from meshbpf.agent.l7.oversight import GatewayName, Overseer, gateways_of, statuses
+from meshbpf.agent.l7.oversight import GatewayName, Overseer, gateways_of, name_of, statuses
 from meshbpf.agent.l7.status import Deployed
 from meshbpf.agent.runtime.controller.desired import Desired
 from meshbpf.agent.runtime.logs import Log
@@ -73,15 +73,13 @@ class Reconciler:
     async def _round(self, objects: ObjectSet, mesh: Snapshot) -> bool:
         """Whether something could not be done."""
         gateways = list(gateways_of(objects))
-        bodies = {
-            (each.namespace, each.name): objects_of(each, self._template) for each in gateways
-        }
+        bodies = {name_of(each): objects_of(each, self._template) for each in gateways}
         common = [gateway_class(), *self._binding(gateways)]
         self._desired.forget([*common, *(body for found in bodies.values() for body in found)])
         failed = await self._apply(objects, common, ("", "")) != ""
         deployed: dict[GatewayName, Deployed] = {}
         for gateway in gateways:
-            name = gateway.namespace, gateway.name
+            name = name_of(gateway)
             failure = await self._apply(objects, bodies[name], name)
             failed = failed or failure != ""
             deployed[name] = self._deployed(objects, gateway, failure)
@@ -95,7 +93,7 @@ class Reconciler:
     async def _apply(
         self,
         objects: ObjectSet,
-        wanted: list[dict[str, Any]] | tuple[dict[str, Any], ...],
+        wanted: Sequence[dict[str, Any]],
         name: GatewayName,
     ) -> str:
         """Why it could not be done; empty when it could. Told once."""
@@ -124,7 +122,7 @@ class Reconciler:
             },
             "subjects": [
                 {"kind": "ServiceAccount", "namespace": each.namespace, "name": each.name}
-                for each in sorted(gateways, key=lambda each: (each.namespace, each.name))
+                for each in sorted(gateways, key=name_of)
             ],
         }
 
@@ -136,7 +134,7 @@ class Reconciler:
             if each.namespace == gateway.namespace and each.labels.get(GATEWAY_NAME) == gateway.name
         )
         return Deployed(
-            hostname=f"{gateway.name}.{gateway.namespace}.svc.{self._template.cluster_domain}",
+            hostname=self._template.cluster.service_key(*name_of(gateway)).hostname,
             addresses=tuple(_cluster_ips(service)),
             ready=sum(map(_is_ready, pods)),
             failure=failure,

@@ -31,16 +31,13 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.objects import ObjectSet
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.l7 import mesh_config
 from meshbpf.agent.l7.balancer import Balancer
-from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.l7.planner import Planner
 from meshbpf.agent.runtime import httpd, kube_config, logs, readiness, sources
 from meshbpf.agent.runtime.certs import CertificateStore
 from meshbpf.agent.runtime.issuing import Issuer
 from meshbpf.agent.runtime.kube_api import KubeApi
-from meshbpf.agent.runtime.kube_watch import Kind
-from meshbpf.agent.runtime.kubernetes import KubernetesSource, followed
+from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.runtime.main_loop import SIGNALS, one_error, stop_on_signal
 from meshbpf.agent.runtime.manifests import ManifestSource
@@ -53,6 +50,7 @@ from meshbpf.agent.runtime.waypoint.accept import accept, open_hbone
 from meshbpf.agent.runtime.waypoint.calls import Calls
 from meshbpf.agent.runtime.waypoint.dial import Dialer
 from meshbpf.agent.runtime.waypoint.extensions import Extensions
+from meshbpf.agent.runtime.waypoint.followed import FOLLOWED
 from meshbpf.agent.runtime.waypoint.limits import LIMITS
 from meshbpf.agent.runtime.waypoint.pages import Pages
 from meshbpf.agent.runtime.waypoint.pools import Pools
@@ -114,8 +112,7 @@ def _source(settings: WaypointSettings) -> MeshSource:
     )
     if settings.kubernetes:
         api = KubeApi(kube_config.load(settings.kubeconfig, os.environ))
-        config_map = Kind("", "v1", "ConfigMap", "configmaps", f"metadata.name={mesh_config.NAME}")
-        return KubernetesSource(api, cluster, more=(*map(followed, L7_KINDS), config_map))
+        return KubernetesSource(api, cluster, more=FOLLOWED)
     if settings.manifests is not None:
         return ManifestSource(settings.manifests, cluster)
     assert settings.local_xds is not None  # noqa: S101 (WaypointSettings sees to it)
