@@ -53,3 +53,13 @@ class UnavailableError(MeshbpfError):
     """No agent answers."""
 
     exit_status = Exit.UNAVAILABLE
+
+
+def only_known(error: BaseException) -> MeshbpfError | None:
+    """The first MeshbpfError of a group, where there is nothing else in it; None otherwise."""
+    if isinstance(error, MeshbpfError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        found = [only_known(one) for one in error.exceptions]
+        return found[0] if all(one is not None for one in found) else None
+    return None

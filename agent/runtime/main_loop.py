@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import trio
 
-from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.errors import only_known
 from meshbpf.agent.runtime.logs import Log
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -24,14 +24,11 @@ def one_error(log: Log, who: str) -> Iterator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        known, other = group.split(MeshbpfError)
-        if known is None or other is not None:
+        known = only_known(group)
+        if known is None:
             log.error(f"{who} failed", cause=group)
             raise
-        first: BaseException = known
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
-        raise first from group
+        raise known from group
 
 
 async def stop_on_signal(log: Log, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:

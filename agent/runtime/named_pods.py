@@ -16,7 +16,7 @@ import random
 
 import trio
 
-from meshbpf.agent.core.errors import MeshbpfError
+from meshbpf.agent.core.errors import MeshbpfError, only_known
 from meshbpf.agent.runtime.cri import CriSession
 from meshbpf.agent.runtime.locate import Locator, of_sandbox
 from meshbpf.agent.runtime.logs import Log
@@ -54,7 +54,7 @@ class NamedPods:
                 async with self._locator.session() as session:
                     await self._follow(session)
             except (MeshbpfError, BaseExceptionGroup) as error:
-                known = _the_errors(error)
+                known = only_known(error)
                 if known is None:
                     raise
                 self._complain(known)
@@ -124,13 +124,3 @@ class NamedPods:
 
 
 _RUNTIME_FAULTS = frozenset({"cri-failed", "no-cri", "bad-answer"})
-
-
-def _the_errors(error: BaseException) -> MeshbpfError | None:
-    """The first MeshbpfError, where there is nothing else; None otherwise."""
-    if isinstance(error, MeshbpfError):
-        return error
-    if isinstance(error, BaseExceptionGroup):
-        found = [_the_errors(one) for one in error.exceptions]
-        return found[0] if all(one is not None for one in found) else None
-    return None

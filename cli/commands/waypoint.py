@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from meshbpf.agent.config import ISTIO_ROOT, ISTIO_TOKEN, READINESS_PORT, STATS_PORT, OptionError
+from meshbpf.agent.config import ISTIO_ROOT, ISTIO_TOKEN, STATS_PORT, OptionError
 from meshbpf.agent.core.address import AddressError, IPAddress, parse_ip
 from meshbpf.agent.core.workload import HBONE_PORT
 from meshbpf.agent.waypoint_config import (
@@ -15,15 +14,14 @@ from meshbpf.agent.waypoint_config import (
     WORKERS_LIMIT,
     WaypointSettings,
 )
+from meshbpf.cli import cluster_options as options
 from meshbpf.cli.failure import CommandUsageError
 from meshbpf.cli.options import DURATION, Session, common_options, pass_session, pod_key
-
-_FILE = click.Path(path_type=Path, readable=False)
 
 
 @click.command("waypoint", short_help="Run a waypoint: routes and policy for HTTP.")
 @click.option("--name", required=True, metavar="NS/NAME", help="The Gateway that it is.")
-@click.option("--ca-dir", type=_FILE, metavar="DIR", help="The embedded CA's folder.")
+@click.option("--ca-dir", type=options.FILE, metavar="DIR", help="The embedded CA's folder.")
 @click.option(
     "--ca",
     default="",
@@ -37,12 +35,10 @@ _FILE = click.Path(path_type=Path, readable=False)
     metavar="FILE",
     help="Roots that istiod is checked by, or SYSTEM; of a signer: its own.",
 )
-@click.option(
-    "--ca-name", default="", metavar="NAME", help="Of istiod's certificate.  [default: the host]"
-)
+@options.CA_NAME
 @click.option(
     "--token-file",
-    type=_FILE,
+    type=options.FILE,
     default=ISTIO_TOKEN,
     show_default=True,
     metavar="FILE",
@@ -57,22 +53,17 @@ _FILE = click.Path(path_type=Path, readable=False)
 )
 @click.option(
     "--manifests",
-    type=_FILE,
+    type=options.FILE,
     metavar="DIR",
     help="Kubernetes and Istio objects, as YAML; read again when they change.",
 )
 @click.option(
     "--kubernetes", is_flag=True, help="Objects from the Kubernetes API, by list and watch."
 )
-@click.option(
-    "--kubeconfig",
-    type=_FILE,
-    metavar="FILE",
-    help="How the API is reached.  [default: KUBECONFIG's, else the pod's own account]",
-)
+@options.KUBECONFIG
 @click.option(
     "--local-xds",
-    type=_FILE,
+    type=options.FILE,
     metavar="FILE",
     help="Mesh state in ztunnel's LOCAL_XDS YAML, which has no routes.",
 )
@@ -97,13 +88,7 @@ _FILE = click.Path(path_type=Path, readable=False)
     "--trust-domain", default="", metavar="TD", help="Own trust domain.  [default: the CA's]"
 )
 @click.option("--network", default="", metavar="NAME", help="Own network.  [default: empty]")
-@click.option(
-    "--cluster-domain",
-    default="cluster.local",
-    show_default=True,
-    metavar="DOMAIN",
-    help="Below it are the names of the cluster's services.",
-)
+@options.CLUSTER_DOMAIN
 @click.option(
     "--root-namespace",
     default="istio-system",
@@ -126,27 +111,15 @@ _FILE = click.Path(path_type=Path, readable=False)
     show_default=True,
     help="Port of GET /metrics; 0 is none.",
 )
-@click.option(
-    "--readiness-port",
-    type=click.IntRange(1, 65_535),
-    default=READINESS_PORT,
-    show_default=True,
-    help="Port of GET /healthz/ready.",
-)
+@options.READINESS
 @click.option(
     "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
+    type=options.LOG_LEVELS,
     default="info",
     show_default=True,
     help="Least severe lines that are logged.",
 )
-@click.option(
-    "--log-format",
-    type=click.Choice(["plain", "json"]),
-    default="plain",
-    show_default=True,
-    help="Form of the log lines.",
-)
+@options.LOG_FORMAT
 @click.option("--worker", type=int, hidden=True, help="Which worker this is; its parent says so.")
 @common_options
 @pass_session

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
-from pathlib import Path
 from typing import Any
 
 import click
 
-from meshbpf.agent.config import READINESS_PORT, OptionError
+from meshbpf.agent.config import OptionError
 from meshbpf.agent.controller_config import ControllerSettings, Template
+from meshbpf.cli import cluster_options as options
 from meshbpf.cli.failure import CommandUsageError
 from meshbpf.cli.options import Session, common_options, pass_session
-
-_FILE = click.Path(path_type=Path, readable=False)
 
 
 @click.command("waypoint-controller", short_help="Run the waypoints that Gateways ask for.")
@@ -25,9 +23,7 @@ _FILE = click.Path(path_type=Path, readable=False)
     metavar="CA",
     help="Who signs for waypoints: https://HOST:PORT of istiod, or kubernetes-csr:SIGNER.",
 )
-@click.option(
-    "--ca-name", default="", metavar="NAME", help="Of istiod's certificate.  [default: the host]"
-)
+@options.CA_NAME
 @click.option(
     "--roots-config-map",
     default="istio-ca-root-cert",
@@ -51,12 +47,7 @@ _FILE = click.Path(path_type=Path, readable=False)
 @click.option(
     "--identity", default="", metavar="NAME", help="Of this replica.  [default: the host's name]"
 )
-@click.option(
-    "--kubeconfig",
-    type=_FILE,
-    metavar="FILE",
-    help="How the API is reached.  [default: KUBECONFIG's, else the pod's own account]",
-)
+@options.KUBECONFIG
 @click.option(
     "--cluster-id",
     default="Kubernetes",
@@ -71,13 +62,7 @@ _FILE = click.Path(path_type=Path, readable=False)
     metavar="TD",
     help="Of the waypoints.",
 )
-@click.option(
-    "--cluster-domain",
-    default="cluster.local",
-    show_default=True,
-    metavar="DOMAIN",
-    help="Below it are the names of the cluster's services.",
-)
+@options.CLUSTER_DOMAIN
 @click.option(
     "--root-namespace",
     default="istio-system",
@@ -106,27 +91,15 @@ _FILE = click.Path(path_type=Path, readable=False)
     metavar="JSON",
     help="Requests and limits of a waypoint's container.",
 )
-@click.option(
-    "--readiness-port",
-    type=click.IntRange(1, 65_535),
-    default=READINESS_PORT,
-    show_default=True,
-    help="Port of GET /healthz/ready.",
-)
+@options.READINESS
 @click.option(
     "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
+    type=options.LOG_LEVELS,
     default="info",
     show_default=True,
     help="Least severe lines that are logged, here and by the waypoints.",
 )
-@click.option(
-    "--log-format",
-    type=click.Choice(["plain", "json"]),
-    default="plain",
-    show_default=True,
-    help="Form of the log lines.",
-)
+@options.LOG_FORMAT
 @common_options
 @pass_session
 def command(session: Session, /, **given: Any) -> int:
