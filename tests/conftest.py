@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.progs.pod import Family
+from tests.testbed import remove_empty_pins
 
 NOBODY = 65534
 
@@ -36,3 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+
+
+def pytest_sessionfinish() -> None:
+    """Agents of tests that need no testbed leave no folder either."""
+    remove_empty_pins()

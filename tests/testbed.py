@@ -215,6 +215,12 @@ class Agent:
         return (self.state_dir / "agent-id").read_text().strip()
 
 
+def remove_empty_pins() -> None:
+    """The folder of all agents' pins goes with the last of them, as after a removal."""
+    with contextlib.suppress(OSError):  # others have pins there, or it is gone
+        PINS_DIR.rmdir()
+
+
 class Testbed:
     """The namespaces, addresses, mesh file, CA and processes of one tag."""
 
@@ -279,6 +285,8 @@ class Testbed:
             for program in self.servers.values():
                 program.end()
             self._sweep()
+            if not Testbed.live:
+                remove_empty_pins()
             if self._lock is not None:
                 (RUN_DIR / f"{self.tag}.lock").unlink()
                 os.close(self._lock)

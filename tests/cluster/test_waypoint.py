@@ -5,56 +5,43 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.cluster.bed import ADDRESS, ClusterBed
 from tests.cluster.control_plane import NAME, missing
+from tests.progs.chart import RBAC, controller_rules, rules
+from tests.progs.chart import WAYPOINT_ROLE as ROLE
 from tests.progs.program import Program, eventually
 from tests.testbed import MESHBPF
-from tests.waypoint.bed import Answer, Inside, read
+from tests.waypoint.bed import Answer, Inside, an_object, read
 
 pytestmark = [pytest.mark.peer, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
 
-FILES = Path(__file__).parents[2] / "packaging" / "helm" / "meshbpf" / "files"
-GATEWAY_API, RBAC = "gateway.networking.k8s.io/v1", "rbac.authorization.k8s.io"
-SYSTEM, CONTROLLER, ROLE = "meshbpf-system", "waypoint-controller", "meshbpf-waypoint"
+GATEWAY_API = "gateway.networking.k8s.io"
+SYSTEM, CONTROLLER = "meshbpf-system", "waypoint-controller"
 WAYPOINT = "waypoint"
-
-
-def rules(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = yaml.safe_load((FILES / f"{name}-rules.yaml").read_text())
-    return found
-
-
-def an_object(version: str, kind: str, name: str, namespace: str = "", **body: Any) -> Any:
-    metadata = {"name": name} | ({"namespace": namespace} if namespace else {})
-    return {"apiVersion": version, "kind": kind, "metadata": metadata, **body}
 
 
 def rights() -> list[dict[str, Any]]:
     """What the chart gives the controller and its waypoints."""
-    leases = {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"]}
-    of_controller = [
-        *rules("waypoint"),
-        *rules("controller"),
-        leases | {"verbs": ["create", "get", "update"]},
-    ]
     account = {"kind": "ServiceAccount", "name": CONTROLLER, "namespace": SYSTEM}
     found = [
-        an_object("v1", "Namespace", SYSTEM),
-        an_object("v1", "ServiceAccount", CONTROLLER, SYSTEM),
-        an_object(f"{RBAC}/v1", "ClusterRole", ROLE, rules=rules("waypoint")),
-        an_object(f"{RBAC}/v1", "ClusterRole", CONTROLLER, rules=of_controller),
+        an_object("Namespace", SYSTEM, namespace=""),
+        an_object("ServiceAccount", CONTROLLER, namespace=SYSTEM),
+        _of_cluster("ClusterRole", ROLE, rules=rules("waypoint")),
+        _of_cluster("ClusterRole", CONTROLLER, rules=controller_rules()),
     ]
     for name, subjects in ((ROLE, []), (CONTROLLER, [account])):
         role = {"apiGroup": RBAC, "kind": "ClusterRole", "name": name}
-        binding = an_object(f"{RBAC}/v1", "ClusterRoleBinding", name, roleRef=role)
+        binding = _of_cluster("ClusterRoleBinding", name, roleRef=role)
         found.append(binding | ({"subjects": subjects} if subjects else {}))
     return found
+
+
+def _of_cluster(kind: str, name: str, **body: Any) -> dict[str, Any]:
+    return an_object(kind, name, group=RBAC, namespace="", **body)
 
 
 class WaypointCluster:
@@ -84,16 +71,21 @@ class WaypointCluster:
         """Make the Pod of the Deployment, and run what its container says in its netns."""
         template = self.get("deployment", WAYPOINT)["spec"]["template"]
         (container,) = template["spec"]["containers"]
-        pod = an_object("v1", "Pod", "waypoint-0", self.namespace)
-        pod["metadata"]["labels"] = template["metadata"]["labels"]
         named = {key: container[key] for key in ("name", "image", "args")}
         account = template["spec"]["serviceAccountName"]
-        pod["spec"] = {
-            "nodeName": "node2",
-            "serviceAccountName": account,
-            "containers": [named],
-        }
-        self.bed.cluster.apply(pod)
+        self.bed.cluster.apply(
+            an_object(
+                "Pod",
+                "waypoint-0",
+                namespace=self.namespace,
+                labels=template["metadata"]["labels"],
+                spec={
+                    "nodeName": "node2",
+                    "serviceAccountName": account,
+                    "containers": [named],
+                },
+            )
+        )
         cluster = self.bed.cluster
         token = cluster.pod_token(self.namespace, account, "waypoint-0")
         mounted = {
@@ -179,10 +171,16 @@ def test_a_gateway_of_our_class_stands_before_a_service_and_its_policy_decides(
     listener = {"name": "mesh", "port": 15008, "protocol": "HBONE"}
     gateway = {"gatewayClassName": "meshbpf-waypoint", "listeners": [listener]}
     ports = [{"name": "http", "port": 80, "targetPort": 8080}]
-    service = an_object("v1", "Service", "echo", space)
-    service["metadata"]["labels"] = {"istio.io/use-waypoint": WAYPOINT}
-    service["spec"] = {"selector": {"app": "n2a"}, "ports": ports}
-    bed.cluster.apply(service, an_object(GATEWAY_API, "Gateway", WAYPOINT, space, spec=gateway))
+    bed.cluster.apply(
+        an_object(
+            "Service",
+            "echo",
+            namespace=space,
+            labels={"istio.io/use-waypoint": WAYPOINT},
+            spec={"selector": {"app": "n2a"}, "ports": ports},
+        ),
+        an_object("Gateway", WAYPOINT, group=GATEWAY_API, namespace=space, spec=gateway),
+    )
     eventually("the deployment", lambda: bool(cluster.get("deployment", WAYPOINT)), 40.0)
     assert not cluster.get("gateway", WAYPOINT).get("status", {}).get("addresses")
     cluster.run_pod()
@@ -209,8 +207,10 @@ def test_a_gateway_of_our_class_stands_before_a_service_and_its_policy_decides(
     targets = [{"group": "", "kind": "Service", "name": "echo"}]
     denied = {"targetRefs": targets, "action": "DENY"}
     denied["rules"] = [{"to": [{"operation": {"paths": ["/secret"]}}]}]
-    version = "security.istio.io/v1"
-    bed.cluster.apply(an_object(version, "AuthorizationPolicy", "no-secret", space, spec=denied))
+    group = "security.istio.io"
+    bed.cluster.apply(
+        an_object("AuthorizationPolicy", "no-secret", group=group, namespace=space, spec=denied)
+    )
     eventually("it is denied", lambda: cluster.request(vip, "/secret").status == 403, 15.0)
     assert cluster.request(vip, "/hello").status == 200
     status = cluster.get("authorizationpolicy", "no-secret").get("status", {})

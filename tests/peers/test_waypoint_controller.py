@@ -11,33 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from meshbpf.agent.core.kube_mesh import KINDS
 from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.runtime.kubernetes import plural
 from tests.peers.kube_apiserver import KubeApiServer, api_server, free_ports, missing
 from tests.peers.test_waypoint_kubernetes import BUILT_IN, is_ready
+from tests.progs.chart import RBAC, controller_rules, rules
+from tests.progs.chart import WAYPOINT_ROLE as ROLE
 from tests.progs.program import eventually
 from tests.testbed import MESHBPF
 from tests.waypoint.bed import an_object, route, to
 
 pytestmark = pytest.mark.peer
 
-FILES = Path(__file__).parents[2] / "packaging" / "helm" / "meshbpf" / "files"
 GATEWAY_API = "gateway.networking.k8s.io"
-RBAC = "rbac.authorization.k8s.io"
-ROLE = "meshbpf-waypoint"
-LEASES = {
-    "apiGroups": ["coordination.k8s.io"],
-    "resources": ["leases"],
-    "verbs": ["create", "get", "update"],
-}
-
-
-def rules(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = yaml.safe_load((FILES / f"{name}-rules.yaml").read_text())
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiServer]:
         for group, version, kind in (*KINDS, *L7_KINDS):
             if group not in BUILT_IN:
                 server.add_kind(group, kind, plural(kind), version, status=True)
-        server.grant("controller", [*rules("waypoint"), *rules("controller"), LEASES])
+        server.grant("controller", controller_rules())
         role = an_object("ClusterRole", ROLE, group=RBAC, namespace="", rules=rules("waypoint"))
         binding = an_object(
             "ClusterRoleBinding",

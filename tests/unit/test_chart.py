@@ -16,9 +16,10 @@ from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.l7.oversight import POLICY_KINDS
 from meshbpf.agent.l7.planner import ROUTE_KINDS
 from meshbpf.agent.runtime.kubernetes import plural
+from tests.progs import chart
+from tests.progs.chart import CHART
 
 ROOT = Path(__file__).parents[2]
-CHART = ROOT / "packaging" / "helm" / "meshbpf"
 # Metrics that are made with a prefix and a loop, and Istio's, which traffic_metrics.py makes.
 SOURCES = ("agent_metrics.py", "traffic_metrics.py")
 METRIC = re.compile(r"\b(?:meshbpf|istio)_[a-z_]+\b")
@@ -32,27 +33,23 @@ def rules() -> list[dict[str, Any]]:
 
 
 def test_the_role_grants_what_is_watched_and_the_annotation_and_nothing_else() -> None:
-    granted = {
-        (group, resource, verb)
-        for rule in rules()
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
     wanted = {
         (group, plural(kind), verb)
         for group, _version, kind in KINDS
         for verb in ("get", "list", "watch")
     }
-    assert granted == wanted | {("", "pods/status", "patch")}
+    assert triples(rules()) == wanted | {("", "pods/status", "patch")}
 
 
 def granted(name: str) -> set[tuple[str, str, str]]:
     """(group, resource, verb) of a file of rules."""
-    found = yaml.safe_load((CHART / "files" / f"{name}-rules.yaml").read_text())
+    return triples(chart.rules(name))
+
+
+def triples(rules: list[dict[str, Any]]) -> set[tuple[str, str, str]]:
     return {
         (group, resource, verb)
-        for rule in found
+        for rule in rules
         for group in rule["apiGroups"]
         for resource in rule["resources"]
         for verb in rule["verbs"]
