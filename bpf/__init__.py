@@ -38,6 +38,10 @@ MAX_PODS: Final = 1024
 MAX_POD_FLOWS: Final = 1 << 14
 """Kernel-carried connections of one pod at a time; more go through the agent."""
 MAX_VERDICTS: Final = 1 << 16
+MAX_CHOICES: Final = 16
+"""Endpoints of this node among which the connect hook draws for one service."""
+MAX_SERVICES: Final = 1 << 13
+"""Services times pods that dial them, for which it draws."""
 MAX_SLOTS: Final = 1 << 13
 """Sets of counters, in twos: the even one of a connection whose both ends the
 kernel carries, the odd one when the destination's agent has the other end."""
@@ -85,6 +89,8 @@ class AttachType(IntEnum):
     CGROUP_SOCK_OPS = 3
     CGROUP_INET4_CONNECT = 10
     CGROUP_INET6_CONNECT = 11
+    CGROUP_INET4_GETPEERNAME = 29
+    CGROUP_INET6_GETPEERNAME = 30
     SK_LOOKUP = 36
     TCX_INGRESS = 46
     TCX_EGRESS = 47
@@ -169,6 +175,7 @@ class Decision(IntEnum):
     KERNEL_IN = 25  # inbound, left to the app under a verdict
     DOUBTED = 26  # established without a verdict that holds: told to the agent
     SPOOFED_HANDSHAKE = 27  # SYN or SYN-ACK that is not from the pod it claims
+    LED = 28  # a service's address became that of an endpoint of this node
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +242,10 @@ MAPS: Final[tuple[MapSpec, ...]] = (
     MapSpec("flow_reports", 25, MapType.QUEUE, 0, 56, 4096),
     # By cgroup v2 id: where the processes of a stock proxy run.
     MapSpec("proxy_cgroups", 26, MapType.HASH, 8, 4, 64),
+    MapSpec("services", 27, MapType.HASH, 24, 16 + 32 * MAX_CHOICES, MAX_SERVICES, _FREE),
+    MapSpec("dialed", 28, MapType.SK_STORAGE, 4, 24, 0, _FREE),
+    # Connections on their way to the agent; it takes out what it reads.
+    MapSpec("drawn", 29, MapType.LRU_HASH, 36, 4, 8192),
 )
 
 MAPS_BY_NUMBER: Final = {spec.number: spec for spec in MAPS}
@@ -242,10 +253,30 @@ MAPS_BY_NAME: Final = {spec.name: spec for spec in MAPS}
 
 PROGRAMS: Final[tuple[ProgramSpec, ...]] = (
     ProgramSpec(
-        "connect4", "connect4.c", ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_INET4_CONNECT
+        "connect4",
+        "connect4.c",
+        ProgramType.CGROUP_SOCK_ADDR,
+        AttachType.CGROUP_INET4_CONNECT,
+        budget=8192,
     ),
     ProgramSpec(
-        "connect6", "connect6.c", ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_INET6_CONNECT
+        "connect6",
+        "connect6.c",
+        ProgramType.CGROUP_SOCK_ADDR,
+        AttachType.CGROUP_INET6_CONNECT,
+        budget=8192,
+    ),
+    ProgramSpec(
+        "getpeername4",
+        "getpeername4.c",
+        ProgramType.CGROUP_SOCK_ADDR,
+        AttachType.CGROUP_INET4_GETPEERNAME,
+    ),
+    ProgramSpec(
+        "getpeername6",
+        "getpeername6.c",
+        ProgramType.CGROUP_SOCK_ADDR,
+        AttachType.CGROUP_INET6_GETPEERNAME,
     ),
     ProgramSpec(
         "sock_ops", "sock_ops.c", ProgramType.SOCK_OPS, AttachType.CGROUP_SOCK_OPS, budget=8192
@@ -286,6 +317,7 @@ def cflags() -> tuple[str, ...]:
         "POD_INDEX": f"{POD_INDEX:#x}",
         "MAX_PODS": MAX_PODS,
         "MAX_POD_FLOWS": MAX_POD_FLOWS,
+        "MAX_CHOICES": MAX_CHOICES,
         "SLOT_SOURCE_ONLY": 1,
         "STEER_MARK": f"{STEER_MARK:#x}",
         "STEER_MASK": f"{STEER_MASK:#x}",

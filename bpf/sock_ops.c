@@ -2,15 +2,16 @@
 // Hook: sock_ops, on the cgroup v2 root. Runs a few times in the life of every
 // TCP socket; what is not a pod's leaves after one lookup.
 // Does: attests the flows that the connect hook left to the kernel, before
-// their SYN leaves, when the source address and port are known; sees to it that
+// their SYN leaves, when the source address and port are known, and tells the agent
+// which of those it gets had their endpoint drawn already; sees to it that
 // a connection is established only under a verdict that holds; counts it at its
 // end. A flow between pods is watched at the client's socket, a plaintext one
 // at the server's: so each is counted once.
 // Reads: op, args, family, addresses, ports, byte and sequence counters, sk, the
 // netns cookie.
 // Maps: pods, pod_config, addresses, exempt_ports, exempt_cidrs, local_pods,
-// verdicts, epochs, heartbeat, captured, agent_sockets, probes; writes flows,
-// flow_counts, flow_slots, flow_quota, flow_records, flow_reports, decisions.
+// verdicts, epochs, heartbeat, captured, dialed, agent_sockets, probes; writes flows,
+// drawn, flow_counts, flow_slots, flow_quota, flow_records, flow_reports, decisions.
 // Returns: 1, always.
 // Budget: 8192 verified instructions.
 //
@@ -90,6 +91,7 @@ INLINE void on_opening(struct bpf_sock_ops *ctx)
     struct flow_state state = {};
     struct flow flow = {};
     struct pod_config *config;
+    struct dialed *dialed;
     struct bpf_sock *sk;
 
     if (!pod)
@@ -100,6 +102,11 @@ INLINE void on_opening(struct bpf_sock_ops *ctx)
     sk = ctx->sk;
     if (!sk)
         return;
+    if (is_drawn(sk)) {
+        read_flow(ctx, &flow);
+        map_put(MAP_DRAWN, &flow, &pod);
+        return;
+    }
     // On its way to the agent, or from it.
     if ((sk->mark & STEER_MASK) == STEER_MARK)
         return;
@@ -118,7 +125,8 @@ INLINE void on_opening(struct bpf_sock_ops *ctx)
     state.source_cookie = config->cookie;
     state.socket_cookie = socket_cookie(ctx);
     state.opened_ns = bpf_ktime_get_ns();
-    state.slot = verdict->slot;
+    dialed = dialed_by(sk);
+    state.slot = dialed ? dialed->slot : verdict->slot;
     if (add_flow(&flow, &state))
         return; // the map is full: TC takes the SYN to the agent
     watch_state(ctx);

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +53,7 @@ from meshbpf.agent.api_client import call
 from meshbpf.agent.core.address import SocketAddress
 from tests.progs.inside import NETNS_DIR, socket_inside, sysctl_inside
 from tests.progs.kube_objects import mesh_objects
-from tests.progs.pod import NAMESPACE, TRUST_DOMAIN, Family, Pod, node_address, service, workload
+from tests.progs.pod import NAMESPACE, TRUST_DOMAIN, Family, Pod, mesh_of, node_address
 from tests.progs.program import Adopted, BedError, Program, end_recorded, eventually, run_inside
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -431,17 +431,16 @@ class Testbed:
             self.mesh_file.parent.mkdir(exist_ok=True)
             text = yaml.safe_dump_all([*mesh_objects(pods), *self.policies], sort_keys=False)
         else:
-            mesh = {
-                "workloads": [workload(pod) for pod in pods],
-                "services": [service(pod) for pod in pods],
-                "policies": self.policies,
-            }
-            text = yaml.safe_dump(mesh, sort_keys=False)
+            text = yaml.safe_dump(self.mesh(pods), sort_keys=False)
         if self.mesh_file.exists() and self.mesh_file.read_text() == text:
             return  # an agent has no reason to read it again, so nobody may wait for that
         fresh = self.mesh_file.with_suffix(".new")
         fresh.write_text(text)
         fresh.replace(self.mesh_file)
+
+    def mesh(self, pods: Iterable[Pod]) -> dict[str, Any]:
+        """What the mesh file says, but in manifests."""
+        return mesh_of(pods) | {"policies": self.policies}
 
     @contextlib.contextmanager
     def policy(self, **fields: Any) -> Iterator[None]:

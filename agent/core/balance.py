@@ -66,8 +66,17 @@ def pick_endpoint(
     rng: random.Random,
     *,
     purpose: Purpose = Purpose.APP,
+    spared: frozenset[str] = frozenset(),
 ) -> Endpoint | None:
-    """An endpoint of `service` for its `port`, or None when none will do."""
+    """An endpoint of `service` for its `port`, or None when none will do.
+
+    Workloads of `spared`, by uid, are not taken while there are others: somebody
+    has drawn for them already.
+    """
+    if spared:
+        found = _candidates(mesh, source, service, port, purpose, spared).pick(rng)
+        if found is not None:
+            return found
     return _candidates(mesh, source, service, port, purpose).pick(rng)
 
 
@@ -79,7 +88,12 @@ def usable_endpoints(
 
 
 def _candidates(
-    mesh: Snapshot, source: Workload, service: Service, port: int, purpose: Purpose
+    mesh: Snapshot,
+    source: Workload,
+    service: Service,
+    port: int,
+    purpose: Purpose,
+    spared: frozenset[str] = frozenset(),
 ) -> _Candidates:
     balancing = service.load_balancing or _NO_PREFERENCE
     place = (
@@ -87,7 +101,7 @@ def _candidates(
         if balancing.routing_preference
         else (source.network,)
     )
-    key = ("balance", port, purpose, place)
+    key = ("balance", port, purpose, place, spared)
     endpoints = mesh.endpoints(service)
     memo = endpoints.memo
     candidates: _Candidates | None = memo.get(key)
@@ -101,6 +115,8 @@ def _candidates(
             and _serves(endpoint, service, port, purpose)
         ]
         chosen = _narrow(balancing, source, usable)
+        if spared:  # of those that were drawn from: narrowing again could find others
+            chosen = [endpoint for endpoint in chosen if endpoint.workload.uid not in spared]
         candidates = _Candidates(
             tuple(chosen), tuple(accumulate(e.workload.capacity for e in chosen))
         )

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Final
 
 from meshbpf.agent.core.address import IPAddress, SocketAddress
 from meshbpf.agent.core.admission import admission
 from meshbpf.agent.core.authz import ConnectionFacts, Decision
-from meshbpf.agent.core.route import HboneRoute, InboundRoute
-from meshbpf.agent.core.routing import inbound_hbone, inbound_plain, outbound
+from meshbpf.agent.core.balance import target_port, usable_endpoints
+from meshbpf.agent.core.route import INTERNAL_PORTS, NO_NAMES, HboneRoute, InboundRoute, Lookup
+from meshbpf.agent.core.routing import inbound_hbone, inbound_plain, outbound, to_endpoint
+from meshbpf.agent.core.service import LoadBalancerMode, Service
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import Workload
 
@@ -57,6 +60,59 @@ def between_pods(
         return _no(f"{destination} does not take {target}")
     facts = ConnectionFacts(source.identity, source_ip, target.ip, target.port)
     return _without_rehearsal(admission(mesh, destination).decide(facts))
+
+
+@dataclass(frozen=True, slots=True)
+class NearEndpoint:
+    """An endpoint at an address of this node, and its part of all weights."""
+
+    workload: Workload
+    target: SocketAddress
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a connection to a service is drawn from, where nothing but an endpoint is to decide."""
+
+    service: Service
+    near: tuple[NearEndpoint, ...]
+    total: int
+    """Weight of all endpoints, near and far."""
+
+
+def draw_of(
+    mesh: Snapshot, source: Workload, target: SocketAddress, near: Collection[IPAddress]
+) -> Draw | None:
+    """What `source` may get that dials a service at `target`; None where routing has more to say.
+
+    `near` are the addresses of this node's pods. Whether the kernel may carry to
+    one of them is `between_pods` to say.
+    """
+    service = mesh.service_at(source.network, target.ip, source.namespace)
+    if service is None or mesh.workload_at(source.network, target.ip) is not None:
+        return None
+    if service.waypoint is not None or service.weighted_waypoints:
+        return None
+    balancing = service.load_balancing
+    if balancing is not None and balancing.mode is LoadBalancerMode.PASSTHROUGH:
+        return None
+    endpoints = usable_endpoints(mesh, source, service, target.port)
+    lookup = Lookup(NO_NAMES, _NO_CHOICE)
+    found = []
+    for endpoint in endpoints:
+        workload = endpoint.workload
+        port = target_port(endpoint, service, target.port)
+        if port is None or workload.network != source.network or workload.capacity == 0:
+            continue
+        if all(ip not in near for ip in workload.addresses):
+            continue
+        route = to_endpoint(workload, service, target.ip, port, INTERNAL_PORTS, lookup)
+        if not isinstance(route, HboneRoute) or route.target.ip.version != target.ip.version:
+            continue
+        if route.target.ip in near and workload.identity in route.expected:
+            found.append(NearEndpoint(workload, route.target, workload.capacity))
+    return Draw(service, tuple(found), sum(each.workload.capacity for each in endpoints))
 
 
 def still_allowed(

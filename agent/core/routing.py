@@ -75,10 +75,12 @@ def outbound(
     rng: random.Random,
     names: Names = NO_NAMES,
     internal_ports: Collection[int] = INTERNAL_PORTS,
+    spared: frozenset[str] = frozenset(),
 ) -> Route:
     """Where the connection goes that `source` opened to `target`.
 
-    `rng` draws the endpoint and the waypoint. `names` are hostnames that were
+    `rng` draws the endpoint and the waypoint; endpoints of `spared` (by uid) were
+    drawn for before, and it is to be one of the others. `names` are hostnames that were
     looked up, for the sake of workloads that have no address but a name: see
     `Refused.unresolved`. Loopback is refused: steering leaves real loopback
     traffic alone, so such a target means that somebody dialed a listener of
@@ -105,7 +107,7 @@ def outbound(
         balancing = service.load_balancing
         if balancing is not None and balancing.mode is LoadBalancerMode.PASSTHROUGH:
             return PlainRoute(target, None, service)
-        endpoint = pick_endpoint(mesh, source, service, port, rng)
+        endpoint = pick_endpoint(mesh, source, service, port, rng, spared=spared)
         found = None if endpoint is None else target_port(endpoint, service, port)
         if endpoint is None or found is None:
             return _no_endpoint(service, port)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from meshbpf.agent.core.address import SocketAddress
 from meshbpf.agent.datapath.codecs import IPAddress, address, read_address
-from meshbpf.bpf import Report
+from meshbpf.bpf import MAX_CHOICES, Report
 
 _FLOW: Final = struct.Struct("=16s16s2s2s")
 _KEY: Final = struct.Struct("=II16s16sI")
@@ -18,6 +19,9 @@ _SLOT: Final = struct.Struct("=5Q")
 _RECORD: Final = struct.Struct("=36sIQQQQII")
 _REPORT: Final = struct.Struct("=36sIQII")
 _SLOT_AT: Final = 40  # of struct flow_state
+_SERVICE: Final = struct.Struct("=II16s")
+_CHOICES: Final = struct.Struct("=QII")
+_CHOICE: Final = struct.Struct("=IIII16s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,24 @@ class VerdictKey:
     source_ip: IPAddress
     destination_ip: IPAddress
     port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceKey:
+    """An address and port of a service, as one pod dials it."""
+
+    pod: int
+    ip: IPAddress
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceChoice:
+    """An endpoint that the kernel may carry to; `slot` counts connections made by the service."""
+
+    target: SocketAddress
+    weight: int
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +153,24 @@ def verdict_key(key: VerdictKey) -> bytes:
 def verdict(source_epoch: int, destination_epoch: int, slot: int) -> bytes:
     """Value of `verdicts`."""
     return _VERDICT.pack(source_epoch, destination_epoch, slot, 0)
+
+
+def service_key(key: ServiceKey) -> bytes:
+    """Key of `services`."""
+    return _SERVICE.pack(key.pod, key.port, address(key.ip))
+
+
+def service_choices(epoch: int, total: int, choices: Sequence[ServiceChoice]) -> bytes:
+    """Value of `services`; at most MAX_CHOICES, whose weights are part of `total`."""
+    if len(choices) > MAX_CHOICES:
+        raise ValueError(f"{len(choices)} choices; the kernel's map takes {MAX_CHOICES}")
+    packed = [_CHOICES.pack(epoch, total, len(choices))]
+    below = 0
+    for each in choices:
+        below += each.weight
+        target = each.target
+        packed.append(_CHOICE.pack(below, target.port, each.slot, 0, address(target.ip)))
+    return b"".join(packed).ljust(_CHOICES.size + MAX_CHOICES * _CHOICE.size, b"\0")
 
 
 def read_state(raw: bytes) -> FlowState:

@@ -1,4 +1,4 @@
-"""The maps of kernel-carried flows: verdicts, epochs, live flows, counters, queues.
+"""The maps of kernel-carried flows: verdicts, services, epochs, live flows, counters, queues.
 
 Four of them are memory that we share with the programs: raising an epoch is a
 store, which takes effect with the very next packet, and costs the event loop
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from meshbpf.agent.datapath import bpfsys, codecs, flowcodecs
@@ -26,6 +26,8 @@ from meshbpf.agent.datapath.flowcodecs import (
     FlowRecord,
     FlowReport,
     FlowState,
+    ServiceChoice,
+    ServiceKey,
     SlotCounters,
     VerdictKey,
 )
@@ -77,9 +79,32 @@ class FlowMaps:
         self._maps["verdicts"].delete_many(map(flowcodecs.verdict_key, keys))
 
     def forget_all(self) -> None:
-        """Remove every verdict, whoever wrote it."""
-        verdicts = self._maps["verdicts"]
-        verdicts.delete_many(list(verdicts.keys()))
+        """Remove every verdict and every service's choices, whoever wrote them."""
+        for name in ("services", "verdicts"):
+            found = self._maps[name]
+            found.delete_many(list(found.keys()))
+
+    def epoch(self, pod: int) -> int:
+        """The pod's epoch that is in force."""
+        return self._epochs[pod]
+
+    # --- services -------------------------------------------------------------
+
+    def offer(self, key: ServiceKey, total: int, choices: Sequence[ServiceChoice]) -> None:
+        """The connect hook may draw among these, until the dialing pod's epoch is raised.
+
+        As with `allow`: no step of the event loop between the decision and this.
+        """
+        value = flowcodecs.service_choices(self._epochs[key.pod], total, choices)
+        self._maps["services"].update(flowcodecs.service_key(key), value)
+
+    def withdraw(self, keys: Iterable[ServiceKey]) -> None:
+        """The agent picks again; services that are not there are passed over."""
+        self._maps["services"].delete_many(map(flowcodecs.service_key, keys))
+
+    def take_drawn(self, flow: Flow) -> bool:
+        """Whether the connect hook has drawn for this connection, and left it to the agent."""
+        return self._maps["drawn"].delete(flowcodecs.flow(flow))
 
     # --- live flows -----------------------------------------------------------
 

@@ -66,8 +66,9 @@ __all__ = [
     "SteeringStatistics",
 ]
 
-# sock_ops last: what it attests the connect hooks have let through.
-_CGROUP_HOOKS: Final = ("connect4", "connect6", "sock_ops")
+# In this order: the connect hooks lead no connection whose application would not be told
+# of the address that it dialed; and what sock_ops attests they have let through.
+_CGROUP_HOOKS: Final = ("getpeername4", "getpeername6", "connect4", "connect6", "sock_ops")
 SPARES: Final = 4
 """Pods for which programs are loaded ahead."""
 

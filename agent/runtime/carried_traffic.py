@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from meshbpf.agent.core.address import IPAddress
+from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.traffic import Labels, Reporter, inbound_service, labels
 from meshbpf.agent.core.workload import Workload
@@ -53,6 +54,8 @@ class _Slot:
     reporters: tuple[tuple[Reporter, Labels], ...]
     source: Workload | None
     destination: Workload
+    service: str
+    """By which it was dialed; "" for an address."""
     used_at: float
     told: dict[int, SlotCounters] = field(default_factory=dict)
     """What the metrics have, by the kernel's number: of both halves."""
@@ -87,14 +90,16 @@ class CarriedTraffic:
         source_ip: IPAddress,
         destination: Workload,
         port: int,
+        dialed: Service | None = None,
     ) -> int | None:
         """Where connections of this kind count; None when all slots are taken.
 
-        `source` is None for plaintext: who it may be says its address.
+        `source` is None for plaintext: who it may be says its address. `dialed` is
+        the service by which the source came here; `port` always the endpoint's.
         """
         attested = source is not None
         known = source if attested else mesh.workload_at(destination.network, source_ip)
-        service = inbound_service(mesh, destination, port, None, None)
+        service = inbound_service(mesh, destination, port, None, dialed)
 
         def told(reporter: Reporter) -> tuple[Reporter, Labels]:
             return reporter, labels(
@@ -103,8 +108,8 @@ class CarriedTraffic:
                 described=None,
                 source_identity=source.identity if source is not None else None,
                 destination=destination,
-                # The source's agent dials an address, and knows of no service.
-                service=service if reporter is Reporter.DESTINATION else None,
+                # By an address the source's agent knows of no service.
+                service=service if reporter is Reporter.DESTINATION else dialed,
                 mutual_tls=False,
             )
 
@@ -118,10 +123,16 @@ class CarriedTraffic:
             number = self._free.pop()
             for half in (number, number | _SOURCE_ONLY):
                 self._kernel.zero(half)
-            slot = _Slot(number, reporters, known, destination, self._clock())
+            name = "" if dialed is None else str(dialed.key)
+            slot = _Slot(number, reporters, known, destination, name, self._clock())
             self._slots[key] = self._by_number[number] = slot
         slot.used_at = self._clock()
         return slot.number
+
+    def service(self, slot: int) -> str:
+        """The service by which connections of a slot were dialed, or ""."""
+        found = self._by_number.get(slot & ~_SOURCE_ONLY)
+        return "" if found is None else found.service
 
     def adopted(self, slot: int) -> None:
         """A connection that an earlier agent counted as opened is this slot's from now on."""

@@ -5,6 +5,9 @@ yes it leaves that answer in the kernel: the next connection like it never
 comes here. `offer_pair` and `offer_plaintext` do so; they take a few
 microseconds and change nothing about the connection at hand.
 
+Which endpoint of a service a connection gets is decided in the kernel as well, where
+that is all there is to decide (service_choices.py).
+
 A new mesh state takes back what it may have changed, in this order:
 
     changed     in the step of the event loop that puts the state into force:
@@ -35,6 +38,7 @@ from meshbpf.agent.datapath.flowcodecs import Flow, FlowReport, FlowState, Verdi
 from meshbpf.agent.runtime.carried_traffic import CarriedTraffic
 from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.service_choices import KernelServices, ServiceChoices
 from meshbpf.bpf import MAX_VERDICTS, Report
 
 REPORT_POLL_S: Final = 0.1
@@ -46,7 +50,7 @@ _MOST_KEPT: Final = MAX_VERDICTS // 2
 log = Log("carrier")
 
 
-class KernelFlows(Protocol):
+class KernelFlows(KernelServices, Protocol):
     """The part of FlowMaps that is used here."""
 
     def raise_epochs(self, pods: Iterable[int]) -> None:
@@ -96,6 +100,8 @@ class Carrier:
         self._by_ip: dict[IPAddress, LocalPod] = {}
         self._footprints: dict[int, tuple[object, ...]] = {}
         self._verdicts: OrderedDict[VerdictKey, int] = OrderedDict()
+        self.services = ServiceChoices(kernel, self._decide, traffic)
+        """Where the kernel draws endpoints."""
         self._dirty: set[int] = set()
         self._settling = trio.Lock()
         self._retired = False
@@ -118,7 +124,7 @@ class Carrier:
     # --- pods -------------------------------------------------------------------
 
     def add(self, pod: LocalPod) -> None:
-        """The pod is attached: it may be an end of flows."""
+        """The pod is attached, or is so in another way: it may be an end of flows."""
         self._pods[pod.index] = pod
         self._index()
         self._footprints[pod.index] = self._footprint(pod, self._mesh())
@@ -128,18 +134,22 @@ class Carrier:
         self._pods.pop(index, None)
         self._footprints.pop(index, None)
         self._index()
+        self.services.remove(index)
         for key in [key for key in self._verdicts if index in (key.source, key.destination)]:
             del self._verdicts[key]
 
     def _index(self) -> None:
         self._by_ip = {ip: pod for pod in self._pods.values() for ip in pod.addresses}
+        near = {ip: pod for ip, pod in self._by_ip.items() if pod.carried}
+        self.services.pods_changed(near)
 
     def pod(self, index: int) -> LocalPod | None:
         """The attached pod of this index."""
         return self._pods.get(index)
 
     def forget_slots(self, slots: Collection[int]) -> None:
-        """Take back the verdicts that count there."""
+        """Take back the verdicts and the services' choices that count there."""
+        self.services.forget_slots(slots)
         keys = [key for key, slot in self._verdicts.items() if slot in slots]
         for key in keys:
             del self._verdicts[key]
@@ -154,6 +164,11 @@ class Carrier:
             return
         key = VerdictKey(source.index, destination.index, source_ip, target.ip, target.port)
         self._decide(key, self._mesh())
+
+    def offer_service(self, source: LocalPod, source_ip: IPAddress, target: SocketAddress) -> None:
+        """A pod dials a service: may the kernel draw an endpoint of this node the next time?"""
+        if not self._retired:
+            self.services.offer(source, source_ip, target, self._mesh())
 
     def offer_plaintext(self, pod: LocalPod, facts: ConnectionFacts) -> None:
         """Policy has let plaintext in: may the kernel let the next one in?"""
@@ -222,6 +237,7 @@ class Carrier:
                 dirty.add(index)
         self._kernel.raise_epochs(dirty)
         self._dirty |= dirty
+        self.services.changed(mesh)
 
     def doubt_all(self) -> None:
         """Judge everything again at the next `settle`: what an earlier agent left, for one."""
@@ -235,6 +251,7 @@ class Carrier:
         """
         async with self._settling:
             dirty, self._dirty = self._dirty, set()
+            await self._renew_services()
             if not dirty:
                 return 0
             try:
@@ -253,6 +270,13 @@ class Carrier:
             if key in self._verdicts and not self._decide(key, self._mesh()):
                 del self._verdicts[key]
                 self._kernel.forget((key,))
+            if count % _BATCH == 0:
+                await trio.lowlevel.checkpoint()
+
+    async def _renew_services(self) -> None:
+        for count, key in enumerate(self.services.take_stale(), 1):
+            if not self._retired:
+                self.services.renew(key, self._mesh())
             if count % _BATCH == 0:
                 await trio.lowlevel.checkpoint()
 

@@ -149,7 +149,7 @@ class Carrying:
                         destination=str(flow.destination),
                         upstream="",
                         peer_identity=self._identity(peer),
-                        service="",
+                        service=self.traffic.service(state.slot),
                         opened_at=datetime.fromtimestamp(now - age_s, UTC),
                         age_s=round(age_s, 3),
                         bytes_sent=sent,

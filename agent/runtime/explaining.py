@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 
 from meshbpf.agent import api
 from meshbpf.agent.config import Settings
-from meshbpf.agent.core.address import SocketAddress
+from meshbpf.agent.core.address import IPAddress, SocketAddress
+from meshbpf.agent.core.carry import between_pods, draw_of
 from meshbpf.agent.core.explain import Outcome, Step, explain, target_of, workload_of
 from meshbpf.agent.core.objects import ObjectSet
 from meshbpf.agent.core.workload import Workload
@@ -19,6 +20,7 @@ from meshbpf.agent.datapath.steering import Steering
 from meshbpf.agent.l7.explain import explain_request
 from meshbpf.agent.l7.message import Headers, RequestHead
 from meshbpf.agent.runtime.control import ControlServer
+from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.mesh_view import MeshView
 from meshbpf.agent.runtime.pod import Pod
 
@@ -60,6 +62,10 @@ class Explaining:
                 steps.append(_captured(pod, target))
             outcome, more = explain(mesh, source, target, self._rng)
             steps += more
+            carried = self._carried(pod, source, target) if outcome is Outcome.HBONE else None
+            if carried is not None:
+                outcome, step = carried
+                steps.append(step)
             objects = self._objects()
             if objects is not None:
                 head = _head(request, target)
@@ -71,6 +77,46 @@ class Explaining:
             outcome=outcome.value,
             steps=tuple(api.ExplainStep(stage=s.stage, what=s.what, why=s.why) for s in steps),
         )
+
+    def _carried(
+        self, pod: Pod | None, source: Workload, target: SocketAddress
+    ) -> tuple[Outcome, Step] | None:
+        """What the kernel carries of such connections, once the agent has had the first one."""
+        if pod is None or pod.local is None or not pod.local.carried or pod.proxied:
+            return None
+        mesh = self._mesh()
+        near: dict[IPAddress, LocalPod] = {}
+        for each in self._pods():
+            if each.local is not None and each.local.carried and not each.proxied:
+                near.update(dict.fromkeys(each.local.addresses, each.local))
+
+        def allowed(endpoint: SocketAddress) -> bool:
+            server = near[endpoint.ip]
+            workload = server.workload(mesh)
+            own = [ip for ip in source.addresses if ip.version == endpoint.ip.version]
+            return (
+                server is not pod.local
+                and workload is not None
+                and any(
+                    between_pods(mesh, source, ip, workload, server.addresses, endpoint).allowed
+                    for ip in own
+                )
+            )
+
+        if target.ip in near:
+            if not allowed(target):
+                return None
+            why = "both pods are on this node, and policy has nothing to ask"
+            return Outcome.KERNEL, Step("kernel", f"carries it to {target}", why)
+        draw = draw_of(mesh, source, target, near)
+        weight = sum(each.weight for each in draw.near if allowed(each.target)) if draw else 0
+        if draw is None or not weight:
+            return None
+        share = f"{weight} of {draw.total} by weight" if weight < draw.total else "all of them"
+        step = Step(
+            "kernel", f"draws endpoints of this node itself: {share}", "and carries to them"
+        )
+        return Outcome.KERNEL if weight == draw.total else Outcome.HBONE, step
 
     def _left_alone(self, pod: Pod | None, target: SocketAddress) -> str | None:
         """Why the hooks of `pod` would not capture the connection; None when they would."""

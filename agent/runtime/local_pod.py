@@ -29,6 +29,8 @@ class LocalPod:
     """The number by which the kernel programs know the pod."""
     cookie: int = 0
     """Of its network namespace: unlike the index, never another pod's."""
+    carried: bool = True
+    """The kernel may carry its connections with other pods of the node."""
     original: Callable[[socket.socket], SocketAddress] = local_address
     """What the client of an accepted socket has dialed."""
     resolver: SocketAddress | None = None

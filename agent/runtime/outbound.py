@@ -37,6 +37,7 @@ from meshbpf.agent.runtime.local_pod import LocalPod
 from meshbpf.agent.runtime.mesh_view import MeshView, local_workload
 from meshbpf.agent.runtime.nested import tunnel_within
 from meshbpf.agent.runtime.pool import PoolKey
+from meshbpf.agent.runtime.service_choices import NOBODY
 from meshbpf.agent.runtime.sockets import (
     DialError,
     connect,
@@ -97,13 +98,18 @@ class Outbound:
                 raise DialError("not-captured", f"{source} dialed the outbound listener itself")
             try:
                 workload = await local_workload(self._pod, self._mesh)
-                route = await self._route(workload, target)
+                spared = NOBODY
+                if self._carrier is not None:
+                    spared = self._carrier.services.spared(self._pod, source, target)
+                route = await self._route(workload, target, spared)
                 if isinstance(route, Refused):
                     raise DialError(route.code, f"{source} to {target}: {route.reason}")
             except MeshbpfError as error:
                 self._connections.telemetry.denied_early(Reporter.SOURCE, source, target, error)
                 raise
-            if self._carrier is not None and isinstance(route, HboneRoute):
+            if self._carrier is not None and route.service is not None:
+                self._carrier.offer_service(self._pod, source.ip, target)
+            elif self._carrier is not None and isinstance(route, HboneRoute):
                 self._carrier.offer_pair(self._pod, source.ip, target)
             transport = Transport.HBONE if isinstance(route, HboneRoute) else Transport.TCP
             with self._connections.track(
@@ -121,11 +127,15 @@ class Outbound:
             hang_up(app, finished=finished)
             traffic.socket_closed(Reporter.SOURCE)
 
-    async def _route(self, workload: Workload, target: SocketAddress) -> Route:
+    async def _route(
+        self, workload: Workload, target: SocketAddress, spared: frozenset[str]
+    ) -> Route:
         """Decide; where a workload on the way has but a hostname, look that up and ask again."""
         names: dict[str, Sequence[IPAddress]] = {}
         while True:
-            route = outbound(self._mesh(), workload, target, rng=self._rng, names=names)
+            route = outbound(
+                self._mesh(), workload, target, rng=self._rng, names=names, spared=spared
+            )
             if not (isinstance(route, Refused) and route.unresolved):
                 return route
             names[route.unresolved] = await self._resolve(route.unresolved)

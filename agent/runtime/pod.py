@@ -140,14 +140,17 @@ class Pod:
             ),
             index=kernel.index,
             cookie=kernel.cookie,
+            carried=kernel.same_node,
             tuning=self.tuning,
         )
 
     def update_blocking(self, steering: Steering, wanted: Attachment) -> None:
         """Give the kernel new options for a pod whose account and namespace stay."""
         assert self._netns is not None  # noqa: S101 (it is attached)
+        assert self.local is not None  # noqa: S101 (so it is)
         steered = pod_steering(wanted, self._netns, self.proxied)
         self.kernel = steering.attach(steered, self._listeners)
+        self.local.carried = self.kernel.same_node
         self.attachment = wanted
 
     async def serve(

@@ -400,6 +400,8 @@ class PodManager:
             return await self._start(wanted)
         if old.attached and have.service_account == wanted.service_account:
             await trio.to_thread.run_sync(old.update_blocking, self._steering, wanted)
+            if self._carrier is not None and old.local is not None and not old.proxied:
+                self._carrier.add(old.local)
             return old
         pod = await self._start(wanted)
         await old.end()

@@ -31,7 +31,7 @@ SYSCTLS = (
     "net/ipv4/tcp_early_demux",
 )
 
-HOOKS = ["connect4", "connect6", "sock_ops"]
+HOOKS = ["connect4", "connect6", "getpeername4", "getpeername6", "sock_ops"]
 
 
 def traces(netns: Netns) -> dict[str, str]:

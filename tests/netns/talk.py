@@ -17,6 +17,11 @@ MARKER = b"marker-plaintext "
 REFUSED_WITHIN_S = 1.0
 
 
+def in_kernel(bed: Testbed) -> bool:
+    """Whether the testbed's agents leave to the kernel what they may."""
+    return "tc" not in bed.agents[1].options
+
+
 def echo(sock: socket.socket, text: bytes = MARKER) -> None:
     """Send, and get the same back."""
     sock.sendall(text)

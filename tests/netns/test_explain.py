@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.netns.talk import passes, refused
+from tests.netns.talk import in_kernel, passes, refused
 from tests.progs.pod import Family, Pod
 from tests.progs.server import ECHO, EXEMPT
 from tests.testbed import Testbed
@@ -32,6 +32,18 @@ def test_a_service_by_its_name_goes_through_a_tunnel(bed: Testbed, family: Famil
     assert answer["outcome"] == "hbone"
     assert server.identity in told(answer, "tunnel")
     assert "one of 1 usable endpoints" in told(answer, "service")
+
+
+def test_what_the_kernel_carries_is_said(bed: Testbed, family: Family) -> None:
+    pod, server = bed["n1a"], bed["n1b"]
+    address = server.address(family)
+    bracketed = f"[{address}]" if family == 6 else address
+    for target, says in ((f"{bracketed}:{ECHO}", "carries it"), (f"{server.name}:80", "all of")):
+        answer = explained(bed, pod, target)
+        assert answer["outcome"] == ("kernel" if in_kernel(bed) else "hbone")
+        assert (says in told(answer, "kernel")) == in_kernel(bed)
+    with bed.policy(action="Deny", rules=[[[{"destinationPorts": [ECHO]}]]]):
+        assert explained(bed, pod, f"{bracketed}:{ECHO}")["outcome"] == "denied"
 
 
 def test_a_denial_is_explained_by_the_policy_that_makes_it(bed: Testbed, family: Family) -> None:

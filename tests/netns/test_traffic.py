@@ -11,7 +11,16 @@ from ipaddress import ip_address
 import pytest
 
 from meshbpf.agent.core.address import SocketAddress
-from tests.netns.talk import MARKER, datagram_passes, echo, passes, receive, receive_all, whoami
+from tests.netns.talk import (
+    MARKER,
+    datagram_passes,
+    echo,
+    in_kernel,
+    passes,
+    receive,
+    receive_all,
+    whoami,
+)
 from tests.progs import server
 from tests.progs.pod import Family, Pod
 from tests.testbed import Testbed
@@ -65,11 +74,6 @@ def test_a_pod_address_is_reached_and_carried_as_it_should(
         "none": [],
     }
     assert seen == expected[carrier]
-
-
-def in_kernel(bed: Testbed) -> bool:
-    """Whether the testbed's agents leave to the kernel what they may."""
-    return "tc" not in bed.agents[1].options
 
 
 @pytest.mark.parametrize("target", ["n2a", "n1b", "n2x"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +83,15 @@ def workload(pod: Pod) -> dict[str, Any]:
         "node": f"node{pod.node}",
         "network": "",
         "services": {f"{NAMESPACE}/{pod.hostname}": _ports()},
+    }
+
+
+def mesh_of(pods: Iterable[Pod]) -> dict[str, Any]:
+    """Pods and their services in the format of ztunnel's LOCAL_XDS."""
+    pods = tuple(pods)
+    return {
+        "workloads": [workload(pod) for pod in pods],
+        "services": [service(pod) for pod in pods],
     }
 
 

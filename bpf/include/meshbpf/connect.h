@@ -9,6 +9,12 @@
 #define PROCEED 1
 #define FAIL 0
 
+// Where to connect instead; nowhere else if `port` is 0.
+struct dial {
+    struct address address;
+    u32 port; // host order
+};
+
 // A socket may come back from a failed connect() with our mark on it.
 INLINE void unmark(struct bpf_sock_addr *ctx, u32 mark)
 {
@@ -22,7 +28,7 @@ INLINE void unmark(struct bpf_sock_addr *ctx, u32 mark)
 // address that it most likely gets. sock_ops sees the real one and asks again:
 // where it says no, TC captures the SYN.
 INLINE int may_carry(const struct bpf_sock_addr *ctx, u32 pod, const struct pod_config *config,
-                     const struct address *destination)
+                     const struct address *destination, u32 port)
 {
     struct verdict_key key = {};
     struct bpf_sock *sk = ctx->sk;
@@ -33,7 +39,51 @@ INLINE int may_carry(const struct bpf_sock_addr *ctx, u32 pod, const struct pod_
     source = is_v4(destination) ? config->source_v4 : config->source_v6;
     if (sk && is_v4(destination) && sk->src_ip4)
         map_v4(&source, sk->src_ip4);
-    return find_pair(&key, pod, &source, destination, bpf_ntohs(ctx->user_port)) != 0;
+    return find_pair(&key, pod, &source, destination, port) != 0;
+}
+
+// Draws an endpoint of the service that is dialed. Sets `drawn` where the draw, and with
+// it the connection, is the agent's; returns a choice for the kernel to carry to, or 0.
+INLINE struct service_choice *draw(u32 pod, const struct address *destination, u32 port,
+                                   u32 *drawn)
+{
+    struct service_key key = {.pod = pod, .port = port, .address = *destination};
+    struct service_choices *found = map_find(MAP_SERVICES, &key);
+    u32 at, i;
+
+    if (!found || found->epoch != epoch_of(pod) || !lease_is_fresh())
+        return 0;
+    at = ((u64)bpf_get_prandom_u32() * found->total) >> 32;
+#pragma clang loop unroll(disable)
+    for (i = 0; i < MAX_CHOICES && i < found->count; i++)
+        if (at < found->choices[i].below)
+            return &found->choices[i];
+    *drawn = 1;
+    return 0;
+}
+
+// Leads a connection to an endpoint of this node, if the kernel may carry it there. Else
+// the agent picks, as if nothing had been drawn.
+INLINE int lead(struct bpf_sock_addr *ctx, u32 pod, const struct pod_config *config,
+                const struct address *destination, u32 *drawn, struct dial *dial)
+{
+    u32 port = bpf_ntohs(ctx->user_port);
+    struct service_choice *choice;
+
+    if (!(config->flags & POD_SAME_NODE) || !ctx->sk)
+        return 0;
+    choice = draw(pod, destination, port, drawn);
+    if (!choice)
+        return 0;
+    dial->address = choice->address;
+    dial->port = choice->port;
+    if (may_carry(ctx, pod, config, &dial->address, dial->port) &&
+        set_dialed(ctx->sk, destination, port, choice->slot)) {
+        count(DECISION_LED);
+        return 1;
+    }
+    dial->port = 0;
+    return 0;
 }
 
 // A stock proxy dials the app under the client's address. Like our own such sockets
@@ -72,12 +122,13 @@ INLINE void keep_inside(struct bpf_sock_addr *ctx, u32 pod, const struct address
     bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, lo, sizeof(lo));
 }
 
-INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destination)
+INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destination,
+                      struct dial *dial)
 {
     struct pod_config *config;
     enum verdict verdict;
     u64 cookie;
-    u32 *pod, mark = 0;
+    u32 *pod, mark = 0, drawn = 0;
 
     if (ctx->protocol != IPPROTO_TCP)
         return PROCEED;
@@ -102,9 +153,11 @@ INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destinati
         return PROCEED;
     }
 
+    clear_dialed(ctx->sk); // it may have been led before, and failed
     verdict = judge(*pod, config->flags, destination, bpf_ntohs(ctx->user_port));
     if (verdict == IN_MESH) {
-        if (may_carry(ctx, *pod, config, destination))
+        if (may_carry(ctx, *pod, config, destination, bpf_ntohs(ctx->user_port)) ||
+            lead(ctx, *pod, config, destination, &drawn, dial))
             verdict = LEAVE_ALONE;
         else
             verdict = ask_agent(*pod, config->flags, destination);
@@ -130,6 +183,7 @@ INLINE int on_connect(struct bpf_sock_addr *ctx, const struct address *destinati
     // sends nothing past TC.
     if (!set_captured(ctx->sk))
         return PROCEED;
+    set_drawn(ctx->sk, drawn);
     mark = STEER_MARK;
     if (bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)) == 0)
         count(DECISION_CAPTURED_BY_CONNECT);

@@ -72,6 +72,38 @@ struct verdict_value {
     u32 reserved;
 };
 
+// What one pod gets for one address and port of a service. The agent fills it where a
+// connection needs no other decision than the endpoint: `below` adds up the weights of
+// those endpoints that the kernel may carry to; a draw beyond the last is the agent's
+// to pick among the others.
+struct service_key {
+    u32 pod;  // that dials
+    u32 port; // host order
+    struct address address;
+};
+
+struct service_choice {
+    u32 below; // a draw less than this, and not less than the one before
+    u32 port;  // host order
+    u32 slot;  // of the counters of connections that are made by this service
+    u32 reserved;
+    struct address address;
+};
+
+struct service_choices {
+    u64 epoch; // of the pod that dials, when they were written
+    u32 total; // weight of all endpoints
+    u32 count; // of the choices
+    struct service_choice choices[MAX_CHOICES];
+};
+
+// What the application dialed, on a socket that was led to an endpoint.
+struct dialed {
+    struct address address;
+    u32 port; // host order
+    u32 slot;
+};
+
 // A connection that the kernel carries, from before its SYN to its end. Each
 // byte flag has one writer, so that none needs an atomic.
 struct flow_state {
@@ -152,6 +184,9 @@ _Static_assert(sizeof(struct flow) == 36, "probes");
 _Static_assert(sizeof(struct pod_config) == 48, "pod_config");
 _Static_assert(sizeof(struct verdict_key) == 44, "verdicts");
 _Static_assert(sizeof(struct verdict_value) == 24, "verdicts");
+_Static_assert(sizeof(struct service_key) == 24, "services");
+_Static_assert(sizeof(struct service_choices) == 16 + 32 * MAX_CHOICES, "services");
+_Static_assert(sizeof(struct dialed) == 24, "dialed");
 _Static_assert(sizeof(struct flow_state) == 64, "flows");
 _Static_assert(sizeof(struct flow_slot) == 40, "flow_slots");
 _Static_assert(sizeof(struct flow_quota) == 24, "flow_quota");

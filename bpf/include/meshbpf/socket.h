@@ -5,7 +5,7 @@
 // with CAP_NET_RAW, and proves nothing.
 #pragma once
 
-#include "base.h"
+#include "keys.h"
 
 // `agent_sockets` is written by the agent, by bpf(2), before connect(); for a stock
 // proxy, which knows nothing of it, by the first hook that sees it dial.
@@ -35,6 +35,22 @@ INLINE int is_captured(struct bpf_sock *sk)
     return bpf_sk_storage_get(map_handle(MAP_CAPTURED), sk, 0, 0) != 0;
 }
 
+// Whether its endpoint was drawn at connect, and is not one that the kernel carries to.
+INLINE int is_drawn(struct bpf_sock *sk)
+{
+    u32 *captured = bpf_sk_storage_get(map_handle(MAP_CAPTURED), sk, 0, 0);
+
+    return captured && *captured;
+}
+
+INLINE void set_drawn(struct bpf_sock *sk, u32 drawn)
+{
+    u32 *captured = bpf_sk_storage_get(map_handle(MAP_CAPTURED), sk, 0, 0);
+
+    if (captured)
+        *captured = drawn;
+}
+
 INLINE int set_captured(struct bpf_sock *sk)
 {
     return bpf_sk_storage_get(map_handle(MAP_CAPTURED), sk, 0, BPF_SK_STORAGE_GET_F_CREATE) != 0;
@@ -43,4 +59,28 @@ INLINE int set_captured(struct bpf_sock *sk)
 INLINE void clear_captured(struct bpf_sock *sk)
 {
     bpf_sk_storage_delete(map_handle(MAP_CAPTURED), sk);
+}
+
+// What the application dialed, of a socket that we led to an endpoint instead.
+INLINE struct dialed *dialed_by(struct bpf_sock *sk)
+{
+    return bpf_sk_storage_get(map_handle(MAP_DIALED), sk, 0, 0);
+}
+
+INLINE int set_dialed(struct bpf_sock *sk, const struct address *address, u32 port, u32 slot)
+{
+    struct dialed *dialed =
+        bpf_sk_storage_get(map_handle(MAP_DIALED), sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+    if (!dialed)
+        return 0;
+    dialed->address = *address;
+    dialed->port = port;
+    dialed->slot = slot;
+    return 1;
+}
+
+INLINE void clear_dialed(struct bpf_sock *sk)
+{
+    bpf_sk_storage_delete(map_handle(MAP_DIALED), sk);
 }

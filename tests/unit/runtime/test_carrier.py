@@ -16,20 +16,36 @@ from hypothesis import strategies as st
 
 from meshbpf.agent.core.address import SocketAddress
 from meshbpf.agent.core.authz import ConnectionFacts
+from meshbpf.agent.core.balance import target_port, usable_endpoints
 from meshbpf.agent.core.policy import Authorization, Match, PolicyAction, PolicyScope
-from meshbpf.agent.core.route import HboneRoute, InboundRoute
+from meshbpf.agent.core.route import HboneRoute, InboundRoute, PlainRoute, Refused
 from meshbpf.agent.core.routing import inbound_hbone, inbound_plain, outbound
+from meshbpf.agent.core.service import (
+    IPFamilies,
+    LoadBalancerMode,
+    LoadBalancing,
+    Service,
+)
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import (
     ApplicationTunnel,
     GatewayAddress,
+    NamespacedHostname,
     NetworkAddress,
     TunnelFraming,
     TunnelProtocol,
     Workload,
 )
-from meshbpf.agent.datapath.flowcodecs import Flow, FlowReport, FlowState, SlotCounters, VerdictKey
+from meshbpf.agent.datapath.flowcodecs import (
+    Flow,
+    FlowReport,
+    FlowState,
+    ServiceChoice,
+    ServiceKey,
+    SlotCounters,
+    VerdictKey,
+)
 from meshbpf.agent.runtime.carried_traffic import CarriedTraffic
 from meshbpf.agent.runtime.carrier import Carrier
 from meshbpf.agent.runtime.connections import decide
@@ -52,6 +68,10 @@ class Kernel:
     clock: int = 0
     epochs: dict[int, int] = field(default_factory=dict)
     verdicts: dict[VerdictKey, tuple[int, int, int]] = field(default_factory=dict)
+    services: dict[ServiceKey, tuple[int, int, Sequence[ServiceChoice]]] = field(
+        default_factory=dict
+    )
+    drawn: set[Flow] = field(default_factory=set)
     flows: dict[Flow, FlowState] = field(default_factory=dict)
     told: list[FlowReport] = field(default_factory=list)
     lost: int = 0
@@ -72,6 +92,23 @@ class Kernel:
     def allow(self, key: VerdictKey, slot: int) -> None:
         source = self.epoch(key.source) if key.source else 0
         self.verdicts[key] = (source, self.epoch(key.destination), slot)
+
+    def choices(self, key: ServiceKey) -> tuple[int, Sequence[ServiceChoice]]:
+        """What the connect hook may draw from now: the weight of all, and its own."""
+        epoch, total, choices = self.services.get(key, (-1, 0, ()))
+        return (total, choices) if epoch == self.epoch(key.pod) else (0, ())
+
+    def offer(self, key: ServiceKey, total: int, choices: Sequence[ServiceChoice]) -> None:
+        self.services[key] = (self.epoch(key.pod), total, choices)
+
+    def withdraw(self, keys: Iterable[ServiceKey]) -> None:
+        for key in keys:
+            self.services.pop(key, None)
+
+    def take_drawn(self, flow: Flow) -> bool:
+        known = flow in self.drawn
+        self.drawn.discard(flow)
+        return known
 
     def forget(self, keys: Iterable[VerdictKey]) -> None:
         for key in keys:
@@ -202,10 +239,73 @@ class World:
             if decide(self._of(key.destination), facts, self.mesh).allowed:
                 self.carrier.offer_plaintext(self._of(key.destination), facts)
 
+    def dial_service(self, key: ServiceKey, draw: float) -> str:
+        """A connection to a service: "kernel", or by whom the agent then has it carried."""
+        source = self._of(key.pod)
+        (source_ip,) = source.addresses
+        client = SocketAddress(source_ip, next(self.ports))
+        target = SocketAddress(key.ip, key.port)
+        total, choices = self.kernel.choices(key)
+        at, below = draw * total, 0
+        for choice in choices:
+            below += choice.weight
+            if at < below:
+                if self.kernel.carries(self.verdict_of(key, choice)):
+                    return "kernel"
+                break  # as if nothing had been drawn
+        else:
+            if total:
+                self.kernel.drawn.add(Flow(client, target))
+        workload = source.workload(self.mesh)
+        if workload is None:
+            return "refused"
+        spared = self.carrier.services.spared(source, client, target)
+        route = outbound(self.mesh, workload, target, rng=random.Random(draw), spared=spared)
+        if isinstance(route, Refused):
+            return "refused"
+        if route.service is not None:
+            self.carrier.offer_service(source, source_ip, target)
+        return "nobody" if route.destination is None else route.destination.uid
+
+    def verdict_of(self, key: ServiceKey, choice: ServiceChoice) -> VerdictKey:
+        (source_ip,) = self._of(key.pod).addresses
+        to = next(i for i, name in enumerate(NAMES, 1) if ADDRESSES[name] == choice.target.ip)
+        return VerdictKey(key.pod, to, source_ip, choice.target.ip, choice.target.port)
+
     def check(self) -> None:
         for key in KEYS:
             if self.kernel.carries(key):
                 assert self.agent_allows(key), key
+        for key in SERVICE_KEYS:
+            self.check_draw(key)
+
+    def check_draw(self, key: ServiceKey) -> None:
+        """The hook draws what the balancer would, of the weights that it would."""
+        total, choices = self.kernel.choices(key)
+        if not total:
+            return
+        client = self._of(key.pod).workload(self.mesh)
+        assert client is not None
+        service = self.mesh.service_at(client.network, key.ip, client.namespace)
+        assert service is not None
+        endpoints = usable_endpoints(self.mesh, client, service, key.port)
+        assert total == sum(one.workload.capacity for one in endpoints)
+        weights = {
+            SocketAddress(one.workload.addresses[0], target_port(one, service, key.port) or 0): (
+                one.workload.capacity
+            )
+            for one in endpoints
+        }
+        assert choices
+        for choice in choices:
+            assert weights[choice.target] == choice.weight
+        for seed in range(8):
+            route = outbound(
+                self.mesh, client, SocketAddress(key.ip, key.port), rng=random.Random(seed)
+            )
+            assert isinstance(route, HboneRoute | PlainRoute), route
+            assert route.service is service
+            assert route.target in weights, "it goes to an endpoint, and through nobody"
 
     def check_live(self) -> None:
         """What lives is what policy lets live; routes are for new connections."""
@@ -221,6 +321,8 @@ class World:
             assert decide(self._of(state.destination), facts, self.mesh).allowed, flow
 
 
+VIP = ip("10.7.0.1")
+SERVICE_KEYS = tuple(ServiceKey(index, VIP, 80) for index in range(1, len(NAMES) + 1))
 KEYS = tuple(
     VerdictKey(source, NAMES.index(to) + 1, where, ADDRESSES[to], port)
     for (source, where), to, port in product(
@@ -231,6 +333,23 @@ KEYS = tuple(
     )
     if source != NAMES.index(to) + 1
 )
+
+
+MEMBER = {NamespacedHostname("default", "vip"): {80: 8080}}
+
+
+def vip(**fields: Any) -> Service:
+    """The service to which pods belong."""
+    return service("vip", str(VIP), ports={80: 8080}, **fields)
+
+
+vips = st.sampled_from([
+    vip(), vip(), vip(),
+    vip(waypoint=GatewayAddress(NetworkAddress("", ADDRESSES["c"]), 15008)),
+    vip(load_balancing=LoadBalancing(mode=LoadBalancerMode.PASSTHROUGH)),
+    vip(ip_families=IPFamilies.IPV6_ONLY),
+    None,
+])  # fmt: skip
 
 
 def workloads_of(name: str) -> st.SearchStrategy[Workload]:
@@ -248,9 +367,17 @@ def workloads_of(name: str) -> st.SearchStrategy[Workload]:
         {"addresses": (ADDRESSES[NAMES[0]],)},
         {"authorization_policies": ("default/named",)},
         {"application_tunnel": ApplicationTunnel(TunnelFraming.PROXY, 80)},
+        {"capacity": 0},
+        {"capacity": 5},
     ]  # fmt: skip
-    return st.sampled_from([replace(usual, **change) for change in changes])
+    return st.builds(
+        lambda change, member: replace(usual, services=MEMBER if member else {}, **change),
+        st.sampled_from(changes),
+        st.sampled_from([True, True, False]),
+    )
 
+
+FAR = pod("far", "10.8.0.1", services={"vip": {80: 8080}}, node="other", capacity=3)
 
 policies = st.lists(
     st.builds(
@@ -267,18 +394,26 @@ policies = st.lists(
     unique_by=lambda policy: policy.name,
 )
 states = st.builds(
-    lambda workloads, policies, shadowed: MeshState(
-        tuple(workload for workload in workloads if workload is not None),
-        (service("svc", str(ADDRESSES["b"]), ports={80: 8080}),) if shadowed else (),
+    lambda workloads, policies, shadowed, vip, far: MeshState(
+        (*(each for each in workloads if each is not None), *([FAR] if far else [])),
+        (
+            *([service("svc", str(ADDRESSES["b"]), ports={80: 8080})] if shadowed else []),
+            *([] if vip is None else [vip]),
+        ),
         tuple(policies),
     ),
     st.tuples(*(workloads_of(name) | st.just(None) if name == "c" else workloads_of(name)
                 for name in NAMES)),
     policies,
     st.sampled_from([False] * 5 + [True]),
+    vips,
+    st.booleans(),
 )  # fmt: skip
 steps = st.lists(
-    st.sampled_from(KEYS) | states | st.sampled_from(["settle", "doubt", "lost", "reattach"]),
+    st.sampled_from(KEYS)
+    | st.tuples(st.sampled_from(SERVICE_KEYS), st.floats(0, 1, exclude_max=True))
+    | states
+    | st.sampled_from(["settle", "doubt", "lost", "reattach"]),
     min_size=4,
     max_size=25,
 )
@@ -287,7 +422,7 @@ steps = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(states, steps)
 def test_a_verdict_is_never_wider_than_what_the_agent_would_answer(
-    first: MeshState, steps: list[VerdictKey | MeshState | str]
+    first: MeshState, steps: list[VerdictKey | tuple[ServiceKey, float] | MeshState | str]
 ) -> None:
     async def run() -> None:
         world = World(first)
@@ -298,6 +433,10 @@ def test_a_verdict_is_never_wider_than_what_the_agent_would_answer(
                 case VerdictKey():
                     world.dial(step)
                     world.dial(step)
+                case (key, draw):
+                    world.dial_service(key, draw)
+                    world.check()
+                    world.dial_service(key, draw)
                 case "settle":
                     await world.carrier.settle()
                     world.check_live()
@@ -414,3 +553,91 @@ def test_dry_run_policies_keep_a_pair_with_the_agent() -> None:
         assert not world.kernel.carries(A_TO_B)
 
     in_world(call)
+
+
+# --- services -------------------------------------------------------------------------
+
+A_TO_VIP = ServiceKey(1, VIP, 80)
+AMONG_B_C_FAR = 5
+"""Weights of b, c and far."""
+
+
+def served(*more: Authorization, **fields: Any) -> MeshState:
+    """a dials, b and c serve, and so does a pod of another node."""
+    pods = [
+        pod(
+            name,
+            str(ADDRESSES[name]),
+            service_account="x",
+            services=None if name == "a" else {"vip": {80: 8080}},
+        )
+        for name in NAMES
+    ]
+    return MeshState((*pods, FAR), (vip(**fields),), more)
+
+
+def warm(world: World, draws: int = 40) -> None:
+    for number in range(draws):
+        world.dial_service(A_TO_VIP, number / draws)
+
+
+def test_each_endpoint_gets_its_weight_whoever_draws() -> None:
+    async def call(world: World) -> None:
+        warm(world)
+        total, choices = world.kernel.choices(A_TO_VIP)
+        assert (total, [choice.weight for choice in choices]) == (AMONG_B_C_FAR, [1, 1])
+        ended = [world.dial_service(A_TO_VIP, number / 1000) for number in range(1000)]
+        assert ended.count("kernel") == 400
+        assert ended.count(FAR.uid) == 600, "what the hook has drawn for far goes there"
+
+    in_world(call, served())
+
+
+def test_an_endpoint_that_policy_denies_is_the_agents_to_refuse() -> None:
+    async def call(world: World) -> None:
+        warm(world)
+        assert world.kernel.choices(A_TO_VIP) == (0, ())
+        world.force(served())
+        await world.carrier.settle()
+        warm(world)
+        assert len(world.kernel.choices(A_TO_VIP)[1]) == 2
+
+    in_world(call, served(deny(8080)))
+
+
+def test_a_change_of_the_service_is_renewed_without_a_connection() -> None:
+    async def call(world: World) -> None:
+        warm(world)
+        state = served()
+        world.force(replace(state, workloads=state.workloads[:-1]))
+        assert world.kernel.choices(A_TO_VIP) == (0, ()), "from this step on"
+        await world.carrier.settle()
+        assert world.kernel.choices(A_TO_VIP)[0] == 2
+
+    in_world(call, served())
+
+
+def test_a_detached_pod_draws_nothing_and_is_not_drawn() -> None:
+    async def call(world: World) -> None:
+        warm(world)
+        world.carrier.remove(world.pods.pop("b").index)
+        world.kernel.raise_epochs((2,))
+        ended = {world.dial_service(A_TO_VIP, number / 40) for number in range(40)}
+        assert "kernel" in ended
+        (choice,) = world.kernel.choices(A_TO_VIP)[1]
+        assert choice.target.ip == ADDRESSES["c"]
+        world.carrier.remove(world.pods.pop("a").index)
+        assert not world.kernel.services
+
+    in_world(call, served())
+
+
+def test_a_pod_that_keeps_to_hbone_is_drawn_by_the_agent_alone() -> None:
+    async def call(world: World) -> None:
+        world.pods["b"].carried = False
+        world.carrier.add(world.pods["b"])
+        warm(world)
+        total, (choice,) = world.kernel.choices(A_TO_VIP)
+        assert (total, choice.target.ip) == (AMONG_B_C_FAR, ADDRESSES["c"])
+
+    in_world(call, served())
