@@ -23,7 +23,7 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.tuning import ZTUNNELS
 from meshbpf.agent.runtime.sockets import DialError
 from meshbpf.agent.runtime.stream import TunnelStream
-from meshbpf.agent.runtime.tunnel import Tunnel
+from meshbpf.agent.runtime.tunnel import Early, Tunnel
 from meshbpf.agent.wire.events import Headers
 
 Dial = Callable[[Callable[["Tunnel"], None]], Awaitable["Tunnel"]]
@@ -72,17 +72,19 @@ class TunnelPool:
         key: PoolKey,
         dial: Dial,
         headers: Headers,
+        early: Early | None = None,
     ) -> TunnelStream:
         """A new stream on a pooled tunnel, or on one that `dial` makes.
 
-        `dial` is given what to call once the tunnel takes no more streams.
-        Its error reaches the connection that dialed and those that waited for it.
+        `headers` and `early` as of Tunnel.open. `dial` is given what to call once
+        the tunnel takes no more streams. Its error reaches the connection that
+        dialed and those that waited for it.
         """
         entry = self._entries.get(key)
         if entry is None:
             entry = self._entries[key] = _Entry()
         if entry.tunnel is not None and entry.tunnel.usable:
-            return self._reuse(key, entry.tunnel, headers)
+            return self._reuse(key, entry.tunnel, headers, early)
         arrived = entry.failures
         entry.waiting += 1
         try:
@@ -90,14 +92,14 @@ class TunnelPool:
                 # No switch between these checks and the stream's opening,
                 # else the last free stream could be taken twice.
                 if entry.tunnel is not None and entry.tunnel.usable:
-                    return self._reuse(key, entry.tunnel, headers)
+                    return self._reuse(key, entry.tunnel, headers, early)
                 if entry.failure is not None and entry.failures > arrived:
                     # The dial that we waited for failed: so would ours, after
                     # another ten seconds, and so on down the queue.
                     failure = entry.failure
                     raise DialError(failure.code, failure.what, failure.hint)
                 tunnel = await self._dial(key, entry, dial)
-                return self._open_on(key, tunnel, headers)
+                return self._open_on(key, tunnel, headers, early)
         finally:
             entry.waiting -= 1
             self._tidy(key, entry)
@@ -129,12 +131,16 @@ class TunnelPool:
             reused=self._reused,
         )
 
-    def _reuse(self, key: PoolKey, tunnel: Tunnel, headers: Headers) -> TunnelStream:
+    def _reuse(
+        self, key: PoolKey, tunnel: Tunnel, headers: Headers, early: Early | None
+    ) -> TunnelStream:
         self._reused += 1
-        return self._open_on(key, tunnel, headers)
+        return self._open_on(key, tunnel, headers, early)
 
-    def _open_on(self, key: PoolKey, tunnel: Tunnel, headers: Headers) -> TunnelStream:
-        stream = tunnel.open(headers)
+    def _open_on(
+        self, key: PoolKey, tunnel: Tunnel, headers: Headers, early: Early | None
+    ) -> TunnelStream:
+        stream = tunnel.open(headers, early)
         if tunnel.stream_count >= min(self._most_streams, tunnel.max_streams):
             self._forget(key, tunnel)
             tunnel.pooled = False

@@ -80,6 +80,8 @@ class Reactor:
         self._epoll = epoll
         self._callbacks: dict[int, Callback] = {}
         self._turns: list[Turn] = []
+        self.rounds = 0
+        """Waits that have begun, where the engine is."""
         self.engine: native.Engine | None = None
         """What deals with usual events in C, where there is such a thing."""
 
@@ -191,6 +193,7 @@ class _Inlet:
         deadline = time.monotonic() + timeout
         while True:
             reactor.finish()
+            reactor.rounds += 1
             if self._runnable:
                 timeout = 0
             others = reactor.serve(self._poll(0 if reactor.waiting else timeout, maxevents))

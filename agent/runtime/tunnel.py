@@ -30,6 +30,7 @@ from meshbpf.agent.runtime.farewell import Farewell
 from meshbpf.agent.runtime.scratch import SCRATCH, Layout
 from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tunnel_parts import TunnelParts, TunnelStatistics, reset_reason
+from meshbpf.agent.runtime.turns import Turns
 from meshbpf.agent.wire.errors import PeerError, TlsError, WireError
 from meshbpf.agent.wire.events import (
     DataReceived,
@@ -49,6 +50,8 @@ from meshbpf.agent.wire.tls_channel import TlsChannel
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
+Early = Callable[[int], bytes]
+"""What is to be sent with a CONNECT, at most so many bytes."""
 
 PING_INTERVAL_S = 10.0
 PING_TIMEOUT_S = 20.0
@@ -89,11 +92,10 @@ class Tunnel:
         self._streams: dict[int, TunnelStream] = {}
         self._backlog: deque[memoryview] = deque()
         self._backlog_bytes = 0
-        self._turn: dict[TunnelStream, None] = {}
-        """Streams that wait for the socket, first come first served."""
-        self._windowless: dict[TunnelStream, None] = {}
-        """Streams that wait for a window."""
+        self._turns = Turns(self._backlog)
         self._scope = trio.CancelScope()
+        self._spoke_in = 0
+        """The reactor's round in which HEADERS left at once."""
         self.fault: WireError | OSError | None = None
         """What ended the tunnel, if it was not in order."""
         self._transmitting = False
@@ -149,21 +151,34 @@ class Tunnel:
     def start(self) -> None:
         """Queue our preface and SETTINGS."""
         self._wire.start()
-        self._send_control()
+        self._transmit_soon()
 
-    def open(self, headers: Headers) -> TunnelStream:
-        """Ask the peer for a stream. Raises WireError when the tunnel takes none."""
+    def open(self, headers: Headers, early: Early | None = None) -> TunnelStream:
+        """Ask the peer for a stream. Raises WireError when the tunnel takes none.
+
+        What `early` returns goes with the question (RFC 9113, section 8.5); it is
+        asked once, with how many bytes there is room for. What it raises is raised.
+        """
         stream_id = self._wire.open(headers)
         stream = self._stream_type(self, stream_id)
         self._streams[stream_id] = stream
         self._idle_since = None
-        self._send_control()
+        if early is not None:
+            room = min(self.send_budget(stream), self.max_frame_bytes)
+            try:
+                data = early(max(room, 0))
+            except MeshbpfError:
+                self.reset_stream(stream, ErrorCodes.CANCEL)
+                raise
+            if data:
+                self._wire.send_data(stream_id, data)
+        self._send_headers()
         return stream
 
     def respond(self, stream: TunnelStream, headers: Headers, *, end_stream: bool) -> bool:
         """Answer a request; False when the stream has gone."""
         answered = self._wire.respond(stream.id, headers, end_stream=end_stream)
-        self._send_control()
+        self._send_headers()
         if end_stream:
             self._drop(stream)
         return answered
@@ -181,7 +196,7 @@ class Tunnel:
         self._farewell.draining = True
         if self._server:
             self._wire.wind_down(os.urandom(8))
-            self._send_control()
+            self._transmit_soon()
         else:
             self._leave_pool()
 
@@ -196,7 +211,7 @@ class Tunnel:
     def parts(self) -> TunnelParts:
         """What it works on."""
         return TunnelParts(
-            self._channel.addresses(), self._wire, self._turn, self._backlog, self._fast
+            self._channel.addresses(), self._wire, self._turns.waiting, self._backlog, self._fast
         )
 
     def accelerate(self, stream: TunnelStream, app: socket.socket) -> None:
@@ -282,25 +297,20 @@ class Tunnel:
 
     def wait_turn(self, stream: TunnelStream) -> None:
         """Have the stream resumed when `send_budget` may have risen."""
-        if self._backlog:
-            self._turn[stream] = None
-        else:
-            # The socket is free and this stream cannot use it.
-            self.pass_turn()
-            self._windowless[stream] = None
+        self._turns.wait(stream)
 
     def credit(self, stream: TunnelStream, size: int) -> None:
         """`size` received bytes of the stream have left for good."""
         if size and not self.closed:
             self._wire.credit(stream.id, size)
             if self._wire.out:
-                self._send_control()
+                self._transmit_soon()
 
     def end_stream(self, stream: TunnelStream) -> None:
         """Our direction is over."""
         if not self.closed:
             self._wire.end(stream.id)
-            self._send_control()
+            self._transmit_soon()
             self.pass_turn()
         if stream.complete:
             self._drop(stream)
@@ -309,7 +319,7 @@ class Tunnel:
         """End the stream in both directions, if it is not already over."""
         if not self.closed:
             self._wire.reset(stream.id, error_code)
-            self._send_control()
+            self._transmit_soon()
             self.pass_turn()
         self._drop(stream)
 
@@ -349,8 +359,7 @@ class Tunnel:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.on_reset(self._farewell.reason)
-        self._turn.clear()
-        self._windowless.clear()
+        self._turns.clear()
 
     def _on_socket(self, flags: int) -> None:
         """Something happened to the socket."""
@@ -406,7 +415,7 @@ class Tunnel:
                 break
         # What TLS itself may have to say (a key update) goes with our next word.
         if self._wire.out:
-            self._send_control()
+            self._transmit_soon()
 
     def _act(self, plaintext: memoryview) -> None:
         for event in self._wire.receive(plaintext):
@@ -429,8 +438,11 @@ class Tunnel:
                     stream.on_data(views, size)
                 else:
                     self._wire.credit(stream_id, size)
-            case SendWindowOpened():
-                self._on_window(event.stream_id)
+            case SendWindowOpened(0):
+                self._turns.window_opened(None)
+            case SendWindowOpened(stream_id):
+                if (stream := self._streams.get(stream_id)) is not None:
+                    self._turns.window_opened((stream,))
             case RequestReceived(stream_id):
                 stream = self._stream_type(self, stream_id)
                 self._streams[stream_id] = stream
@@ -454,20 +466,9 @@ class Tunnel:
             case _:
                 pass  # SETTINGS are in the wire's attributes; a PING's answer is in _heard
 
-    def _on_window(self, stream_id: int) -> None:
-        if stream_id == 0:
-            waiting = list(self._windowless)
-        else:
-            waiting = [each for each in (self._streams.get(stream_id),) if each is not None]
-        for stream in waiting:
-            if stream in self._windowless:
-                del self._windowless[stream]
-                stream.resume()
-
     def _drop(self, stream: TunnelStream) -> None:
         self._fast.pop(stream.id, None)
-        self._turn.pop(stream, None)
-        self._windowless.pop(stream, None)
+        self._turns.forget(stream)
         if self._streams.pop(stream.id, None) is not None and not self._streams:
             self._idle_since = trio.current_time()
             if self._server:
@@ -481,11 +482,21 @@ class Tunnel:
         self._channel.write(self._wire.out)
         self._wire.out.clear()
 
-    def _send_control(self) -> None:
-        """Send what the wire has to say, with what others have to say in this round."""
-        self._transmit_soon()
+    def _send_headers(self) -> None:
+        """Send a question or an answer: the first of a round at once, others with what comes.
+
+        Else both ends of a busy tunnel would take turns, each waiting while the
+        other works through a round; at once for all would cost a send for each.
+        """
+        engine = self.reactor.engine
+        if self.handle is not None and engine is not None and self._spoke_in != self.reactor.rounds:
+            self._spoke_in = self.reactor.rounds
+            engine.flush(self.handle)
+        else:
+            self._transmit_soon()
 
     def _transmit_soon(self) -> None:
+        """Send what the wire has to say, with what others have to say in this round."""
         if self.handle is not None and self.reactor.engine is not None:
             self.reactor.engine.flush_soon(self.handle)
         elif not self._transmitting:
@@ -547,15 +558,8 @@ class Tunnel:
         self.pass_turn()
 
     def pass_turn(self) -> None:
-        """Let the next stream send, if the socket is free.
-
-        Whoever was woken owes a call of this, sent something or not: a turn
-        that is kept strands all that wait behind it.
-        """
-        if self._turn and not self._backlog:
-            stream = next(iter(self._turn))
-            del self._turn[stream]
-            stream.resume()
+        """Let the next stream send, if the socket is free: see Turns."""
+        self._turns.pass_on()
 
     async def _keep_alive(self) -> None:
         """PING when nothing else was heard; end a tunnel that is dead, or idle for long."""
@@ -573,7 +577,7 @@ class Tunnel:
             self._heard = False
             self._wire.new_period()
             self._wire.ping(os.urandom(8))
-            self._send_control()
+            self._transmit_soon()
 
     def _leave_pool(self) -> None:
         if self._on_unusable is not None:

@@ -221,6 +221,16 @@ static PyObject *flush_soon(struct engine *engine, PyObject *handle)
 	Py_RETURN_NONE;
 }
 
+static PyObject *flush(struct engine *engine, PyObject *handle)
+{
+	(void)engine;
+	if (!Py_IS_TYPE(handle, &tunnel_type))
+		return PyErr_Format(PyExc_TypeError, "not a tunnel");
+	if (tunnel_transmit((struct tunnel *)handle))
+		return NULL;
+	Py_RETURN_NONE;
+}
+
 static PyObject *busy(struct engine *engine, void *unused)
 {
 	(void)unused;
@@ -271,6 +281,7 @@ static PyMethodDef methods[] = {
 	{"poll", (PyCFunction)poll, METH_VARARGS, "As select.epoll.poll; what is ours is acted on."},
 	{"watch", (PyCFunction)watch, METH_O, "Act on the events of a handle's descriptor."},
 	{"flush_soon", (PyCFunction)flush_soon, METH_O, "Send what a tunnel has to say before the next wait."},
+	{"flush", (PyCFunction)flush, METH_O, "Send what a tunnel has to say now."},
 	{"forget", (PyCFunction)forget, METH_O, "Leave a descriptor's events to Python from now on."},
 	{NULL, NULL, 0, NULL},
 };

@@ -8,6 +8,7 @@ import resource
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import trio
@@ -15,8 +16,20 @@ from OpenSSL import SSL
 
 from meshbpf.agent.core.tuning import Tuning
 from meshbpf.agent.runtime import tunnel as tunnel_module
+from meshbpf.agent.runtime.outbound import EARLY_BYTES
+from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tunnel import Tunnel
-from tests.unit.forwarder.rig import CLIENT, CLIENT_2, HBONE_VIP, SERVER, Rig, expect_reset
+from tests.unit.forwarder.rig import (
+    CLIENT,
+    CLIENT_2,
+    DENY_WEB,
+    HBONE_VIP,
+    PORT,
+    SERVER,
+    Rig,
+    expect_reset,
+    read_all,
+)
 
 pytestmark = pytest.mark.root
 
@@ -122,7 +135,7 @@ async def test_a_peer_that_falls_silent_ends_the_tunnel(
         (theirs,) = [each for each in _live_tunnels() if each._server]
         # The peer's process hangs: its kernel still takes the bytes.
         theirs.reactor.remove(theirs._sock.fileno())
-        monkeypatch.setattr(theirs, "_send_control", lambda: None)
+        monkeypatch.setattr(theirs, "_transmit_soon", lambda: None)
         await expect_reset(client, within_s=10)
 
 
@@ -138,6 +151,61 @@ async def test_a_tunnel_that_died_unnoticed_costs_no_connection(
         await exchange(rig, listener)
     assert rig.client.pod.pool.statistics().dialed == 2
     assert rig.client.connections.statistics().failed == 0
+
+
+def _dialed_and_said(rig: Rig, text: bytes) -> trio.SocketStream:
+    """A client that has said something before its agent gets to accept."""
+    sock = rig.client.netns.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.bind((CLIENT, 0))
+    sock.connect((HBONE_VIP, PORT))
+    sock.sendall(text)
+    sock.setblocking(False)
+    return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+
+async def test_what_a_client_has_said_already_comes_with_its_question(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered: list[bytes] = []
+    respond = Tunnel.respond
+
+    def noted(self: Tunnel, stream: TunnelStream, *args: Any, **options: Any) -> bool:
+        answered.append(bytes(stream.pending))
+        return respond(self, stream, *args, **options)
+
+    monkeypatch.setattr(Tunnel, "respond", noted)
+    long = os.urandom(3 * EARLY_BYTES)
+    async with rig.listen() as listener:
+        for text, early in ((b"first", b"first"), (long, long[:EARLY_BYTES])):
+            async with _dialed_and_said(rig, text) as client, await listener.accept() as app:
+                await client.send_eof()
+                assert await read_all(app) == text
+            assert answered.pop() == early
+    await settled(lambda: not rig.client.connections.list())
+    assert rig.client.connections.statistics().bytes_sent == 5 + len(long)
+
+
+async def test_what_went_into_a_dead_tunnel_is_said_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig.listen() as listener:
+        await exchange(rig, listener)
+        (theirs,) = [each for each in _live_tunnels() if each._server]
+        monkeypatch.setattr(theirs, "_on_request", lambda tunnel, *_: tunnel.close("gone"))
+        async with _dialed_and_said(rig, b"only once") as client, await listener.accept() as app:
+            await client.send_eof()
+            assert await read_all(app) == b"only once"
+    assert rig.client.pod.pool.statistics().dialed == 2
+
+
+async def test_what_was_said_to_a_peer_that_refuses_goes_nowhere(rig: Rig) -> None:
+    rig.set_policies(DENY_WEB)
+    async with rig.listen() as listener, _dialed_and_said(rig, b"unheard") as client:
+        await expect_reset(client)
+        with trio.move_on_after(0.2) as waited:
+            await listener.accept()
+        assert waited.cancelled_caught
+    assert rig.client.connections.statistics().bytes_sent == 0
 
 
 async def test_the_end_of_a_forwarder_reaches_all_peers_within_two_seconds(rig: Rig) -> None:
