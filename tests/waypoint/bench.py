@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from tests.waypoint.bed import WaypointBed, inside_connect, route, to, vip
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/performance/waypoint.md"
 CONNECTIONS = 16
+CLIENTS = 6
+"""Pods that load several workers, each with a tunnel of its own: a tunnel is one worker's."""
+WORKERS = (1, 2)
 NGINX_PORT, NGINX_H2_PORT = 8000, 8001
 BACKEND = """
 worker_processes 1; daemon off; error_log stderr crit; pid {dir}/backend.pid;
@@ -69,6 +73,16 @@ class Lane:
     """Seconds to (requests, requests/s, p50 ms, p99 ms)."""
 
 
+@dataclass(frozen=True)
+class Shared:
+    """One measurement of a waypoint with several workers."""
+
+    requests_per_s: float
+    cpu_ms_per_1000: float
+    least_share: float
+    """Of the busiest worker's requests, by CPU time, what the idlest had."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.waypoint.bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -93,6 +107,7 @@ def main() -> int:
                 sample = measure(lane, options.seconds)
                 samples.setdefault((lane.proxy, lane.http), []).append(sample)
                 print(f"round {number + 1}: {lane.proxy} {lane.http}: {sample}", file=sys.stderr)
+        shared = measure_workers(bed, options.rounds, options.seconds)
     facts = [
         ("when", f"{began:%Y-%m-%d %H:%M} UTC"),
         ("machine", f"{_cpu()}, {os.cpu_count()} cores, Linux {platform.release()}"),
@@ -102,7 +117,7 @@ def main() -> int:
         ("rounds", f"{options.rounds}, interleaved, {options.seconds:g} s each"),
         ("load", f"{CONNECTIONS} keep-alive connections (wrk), 16 streams on one (h2load)"),
     ]
-    text = page(samples, facts)
+    text = page(samples, facts) + "\n" + workers_page(shared)
     print(text)
     if options.output is not None:
         options.output.write_text(text)
@@ -175,6 +190,81 @@ def page(samples: dict[tuple[str, str], list[Sample]], facts: list[tuple[str, st
     return "\n".join([*lines, ""])
 
 
+def measure_workers(bed: WaypointBed, rounds: int, seconds: float) -> dict[int, list[Shared]]:
+    """The same route under load from several pods, by one worker and by two, interleaved."""
+    clients = [f"n1{letter}" for letter in "cdefgh"[:CLIENTS]]
+    for name in clients:
+        bed.add_pod(name, 1)
+    bed.wait_mesh()
+    for name in clients:
+        bed.agents[1].attach(bed[name])
+    loads = [_wrk(bed, name, f"{vip('echo-v1')}:80", connections=4) for name in clients]
+    found: dict[int, list[Shared]] = {}
+    for number in range(rounds):
+        for workers in WORKERS[:: 1 if number % 2 else -1]:
+            assert bed.waypoint is not None
+            bed.waypoint.end()
+            bed.start_waypoint("--log-level", "warning", "--workers", str(workers))
+            with ThreadPoolExecutor(len(loads)) as pool:
+                list(pool.map(lambda load: load(0.5), loads))
+                before = _worker_times(bed.waypoint.pid, workers)
+                results = list(pool.map(lambda load: load(seconds), loads))
+                spent = [
+                    after - had
+                    for after, had in zip(
+                        _worker_times(bed.waypoint.pid, workers), before, strict=True
+                    )
+                ]
+            requests = sum(result[0] for result in results)
+            rate = sum(result[1] for result in results)
+            sample = Shared(rate, sum(spent) * 1e6 / requests, min(spent) / max(spent))
+            found.setdefault(workers, []).append(sample)
+            print(f"round {number + 1}: {workers} workers: {sample}", file=sys.stderr)
+    return found
+
+
+def _worker_times(pid: int, workers: int) -> list[float]:
+    """CPU time of each worker; one works in the waypoint's own process."""
+    if workers == 1:
+        return [cpu_time_s(pid)]
+    children = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    return [cpu_time_s(child) for child in sorted(children)]
+
+
+def workers_page(shared: dict[int, list[Shared]]) -> str:
+    lines = [
+        "## Workers",
+        "",
+        f"HTTP/1.1 from {CLIENTS} pods, four connections each. All that takes part (load, two node",
+        "agents, waypoint, backend) shares the machine's cores, so requests/s cannot double here;",
+        "what workers would lose to one another is CPU a request, and the part of the idlest",
+        "worker (of the busiest one's CPU) says how the tunnels were spread.",
+        "",
+        "| workers | requests/s | CPU of 1000 requests | idlest worker |",
+        "|--:|--:|--:|--:|",
+    ]
+    medians = {}
+    for workers, found in sorted(shared.items()):
+        medians[workers] = statistics.median(each.cpu_ms_per_1000 for each in found)
+        share = statistics.median(each.least_share for each in found)
+        lines.append(
+            f"| {workers} | {statistics.median(each.requests_per_s for each in found):.0f} "
+            f"| {medians[workers]:.0f} ms | {share:.2f} |"
+        )
+    first, last = WORKERS[0], WORKERS[-1]
+    ratio = medians[first] / medians[last]
+    lines += [
+        "",
+        f"{last} workers answer {ratio * last:.2f} times as much as one a CPU second of each.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def _nginx(bed: WaypointBed, pod: str, name: str, config: str, **values: str) -> Program:
     path = bed.directory / f"{name}.conf"
     ports = {"port": NGINX_PORT, "port2": NGINX_H2_PORT}
@@ -193,10 +283,10 @@ def _listens(bed: WaypointBed, pod: str, port: int) -> bool:
 
 
 def _wrk(
-    bed: WaypointBed, pod: str, target: str
+    bed: WaypointBed, pod: str, target: str, connections: int = CONNECTIONS
 ) -> Callable[[float], tuple[float, float, float, float]]:
     def load(seconds: float) -> tuple[float, float, float, float]:
-        argv = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{max(seconds, 1.0):g}s", "--latency"]
+        argv = ["wrk", "-t1", f"-c{connections}", f"-d{max(int(seconds), 1)}s", "--latency"]
         text = run_inside(bed[pod].netns, [*argv, f"http://{target}/"], limit_s=60.0).stdout
         if "Non-2xx" in text:
             raise BedError(text)
@@ -204,8 +294,8 @@ def _wrk(
         return (
             requests,
             float(_found(r"Requests/sec:\s+([\d.]+)", text)),
-            _ms(_found(r"50%\s+(\S+)", text)),
-            _ms(_found(r"99%\s+(\S+)", text)),
+            _ms(_found(r"\n\s+50%\s+(\S+)", text)),
+            _ms(_found(r"\n\s+99%\s+(\S+)", text)),
         )
 
     return load
