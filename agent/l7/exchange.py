@@ -16,6 +16,7 @@ from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.workload import Workload
 from meshbpf.agent.l7.message import RequestHead, ResponseHead
+from meshbpf.agent.wire.grpc import MessageCount
 
 
 class Protocol(StrEnum):
@@ -106,12 +107,39 @@ class Exchange:
     request_bytes: int = 0
     response_bytes: int = 0
     """Bodies only."""
+    request_messages: MessageCount | None = None
+    response_messages: MessageCount | None = None
+    """Of gRPC."""
     first_byte_s: float = 0.0
     """When the response's head came; 0 without one."""
     ended_s: float = 0.0
     """Set before `on_end`."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """What a filter leaves for later ones, by a name that it documents."""
+
+    def __post_init__(self) -> None:
+        """Count messages where there are any."""
+        if self.protocol is Protocol.GRPC:
+            self.response_messages = MessageCount()
+            self.restart_request()
+
+    def restart_request(self) -> None:
+        """The request's body is sent from its beginning, perhaps not for the first time."""
+        self.request_bytes = 0
+        if self.protocol is Protocol.GRPC:
+            self.request_messages = MessageCount()
+
+    def count_request(self, data: bytes) -> None:
+        """Some of the request's body has gone on."""
+        self.request_bytes += len(data)
+        if self.request_messages is not None:
+            self.request_messages.feed(data)
+
+    def count_response(self, data: bytes) -> None:
+        """Some of the answer's body has come."""
+        self.response_bytes += len(data)
+        if self.response_messages is not None:
+            self.response_messages.feed(data)
 
     @property
     def caller(self) -> Caller:

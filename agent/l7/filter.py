@@ -160,7 +160,7 @@ class Filter:
     name: str = ""
     """What `explain` and logs call it; the object's NAMESPACE/NAME where it comes from one."""
 
-    def on_connect(self, connection: Connection) -> Outcome:
+    def on_connect(self, connection: Connection) -> Outcome | Steps:
         """Judge an opaque connection."""
         return CONTINUE
 
@@ -185,7 +185,7 @@ class Chain:
     """The filters of one destination, in order, with only those hooks that do something."""
 
     filters: tuple[Filter, ...] = ()
-    connect: tuple[Callable[[Connection], Outcome], ...] = ()
+    connect: tuple[Callable[[Connection], Outcome | Steps], ...] = ()
     request: tuple[Callable[[Exchange], Outcome | Steps], ...] = ()
     response: tuple[tuple[int, Callable[[Exchange], Outcome | Steps]], ...] = ()
     """Reversed, each with how many request hooks must have begun before it counts."""

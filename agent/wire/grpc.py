@@ -120,6 +120,35 @@ class Decoder:
             raise GrpcError(self._method, Status.INTERNAL, "the stream ended inside a message")
 
 
+class MessageCount:
+    """Counts the messages of a stream that others carry, in any split, whatever is in them."""
+
+    __slots__ = ("_left", "_prefix", "total")
+
+    def __init__(self) -> None:
+        self.total = 0
+        """Messages whose prefix has come whole."""
+        self._prefix = b""
+        self._left = 0
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Some more of the stream."""
+        at = 0
+        while True:
+            step = min(self._left, len(data) - at)
+            self._left -= step
+            at += step
+            if at == len(data):
+                return
+            more = bytes(data[at : at + PREFIX_BYTES - len(self._prefix)])
+            at += len(more)
+            self._prefix += more
+            if len(self._prefix) == PREFIX_BYTES:
+                self._left = int.from_bytes(self._prefix[1:], "big")
+                self._prefix = b""
+                self.total += 1
+
+
 def request_headers(
     method: str,
     authority: str,

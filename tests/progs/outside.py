@@ -4,7 +4,8 @@
 
 HTTP gives the file at `/jwks` (also by way of `/away`, a redirect). gRPC (by
 grpcio, which is not ours) is Envoy's ext_authz service, which refuses a path
-that ends in `/no`, and an OpenTelemetry collector, which says what it got.
+that ends in `/no`, and of opaque connections those of the namespace `consumer`;
+and an OpenTelemetry collector, which says what it got.
 """
 
 from __future__ import annotations
@@ -28,9 +29,13 @@ def say(event: str, **fields: Any) -> None:
 
 def check(request: ext_authz_pb2.CheckRequest, _: Any) -> ext_authz_pb2.CheckResponse:
     asked = request.attributes.request.http
-    say("check", path=asked.path, principal=request.attributes.source.principal)
+    principal = request.attributes.source.principal
+    say("check", path=asked.path, principal=principal)
     answer = ext_authz_pb2.CheckResponse()
-    if asked.path.endswith("/no"):
+    if not asked.path:
+        if "/ns/consumer/" in principal:
+            answer.status.code = grpc.StatusCode.PERMISSION_DENIED.value[0]
+    elif asked.path.endswith("/no"):
         answer.status.code = grpc.StatusCode.PERMISSION_DENIED.value[0]
         answer.denied_response.status.code = 402
         answer.denied_response.body = "pay first"

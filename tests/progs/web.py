@@ -18,6 +18,7 @@ import struct
 import sys
 import threading
 import time
+from collections import Counter
 from typing import Any
 
 import h2.config
@@ -175,6 +176,7 @@ def http2(conn: socket.socket) -> None:
     conn.sendall(machine.data_to_send())
     heads: dict[int, dict[str, str]] = {}
     lists: dict[int, list[tuple[str, str]]] = {}
+    sizes: Counter[int] = Counter()
     while data := conn.recv(65536):
         for event in machine.receive_data(data):
             if isinstance(event, h2.events.RequestReceived):
@@ -183,18 +185,20 @@ def http2(conn: socket.socket) -> None:
                 heads[event.stream_id] = dict(pairs)
                 lists[event.stream_id] = [each for each in pairs if not each[0].startswith(":")]
             elif isinstance(event, h2.events.DataReceived):
+                sizes[event.stream_id or 0] += len(event.data or b"")
                 machine.acknowledge_received_data(
                     event.flow_controlled_length or 0, event.stream_id or 0
                 )
             elif isinstance(event, h2.events.StreamEnded):
-                reply2(machine, event.stream_id or 0, heads, lists)
+                stream = event.stream_id or 0
+                reply2(machine, stream, heads, lists, sizes.pop(stream, 0))
         conn.sendall(machine.data_to_send())
 
 
-def reply2(machine: Any, stream: int, heads: Any, lists: Any) -> None:
+def reply2(machine: Any, stream: int, heads: Any, lists: Any, size: int) -> None:
     head = heads.pop(stream)
     said = answer(head[":method"], head[":path"], head.get(":authority", ""), lists.pop(stream))
-    payload = json.dumps(said).encode()
+    payload = json.dumps(said | {"received_bytes": size}).encode()
     if head.get("content-type", "").startswith("application/grpc"):
         machine.send_headers(stream, [(":status", "200"), ("content-type", "application/grpc")])
         machine.send_data(stream, b"\0" + struct.pack(">I", len(payload)) + payload)

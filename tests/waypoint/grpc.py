@@ -46,8 +46,10 @@ class Grpc:
     def __exit__(self, *_: object) -> None:
         self._sock.close()
 
-    def call(self, path: str, headers: Mapping[str, str] | None = None) -> Called:
-        """POST an empty message; wait for the trailers."""
+    def call(
+        self, path: str, headers: Mapping[str, str] | None = None, message: bytes = b""
+    ) -> Called:
+        """POST one message of at most 16 KiB, all at once; wait for the trailers."""
         stream = self._h2.get_next_available_stream_id()
         head = [
             (":method", "POST"),
@@ -59,7 +61,8 @@ class Grpc:
             *(headers or {}).items(),
         ]
         self._h2.send_headers(stream, head)
-        self._h2.send_data(stream, b"\0" + struct.pack(">I", 0), end_stream=True)
+        framed = b"\0" + struct.pack(">I", len(message)) + message
+        self._h2.send_data(stream, framed, end_stream=True)
         self._flush()
         seen: dict[str, str] = {}
         data = b""

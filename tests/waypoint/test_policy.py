@@ -157,6 +157,7 @@ def guarded(bed: WaypointBed) -> Iterator[WaypointBed]:
                 {"providers": [{"name": "collector"}], "randomSamplingPercentage": 100},
             ],
         ),
+        a_service("p-told-plainly", 79),
         a_service("p-rpc", 69),
         policy("ask-rpc", "p-rpc", action="CUSTOM", provider={"name": "rpc"}, rules=[{}]),
         a_service("p-keys", 70),
@@ -250,6 +251,17 @@ def tcp_says(bed: WaypointBed, service: str, client: str) -> bytes:
 def test_an_allow_holds_for_opaque_connections_too(guarded: WaypointBed) -> None:
     assert tcp_says(guarded, "p-allow", "n1a") != b""
     assert tcp_says(guarded, "p-allow", "n1b") == b""
+
+
+def test_an_authorizer_that_speaks_grpc_decides_on_opaque_connections(
+    guarded: WaypointBed,
+) -> None:
+    assert tcp_says(guarded, "p-rpc", "n1a") != b""
+    assert tcp_says(guarded, "p-rpc", "n1b") == b""
+    asked = {each["principal"] for each in guarded.servers["outside"].events("check", path="")}
+    assert asked == {guarded[name].identity for name in ("n1a", "n1b")}
+    # An HTTP service cannot be shown a connection.
+    assert tcp_says(guarded, "p-custom", "n1a") == b""
 
 
 def tcp_total(bed: WaypointBed, name: str, service: str) -> float:
@@ -389,6 +401,26 @@ def test_requests_are_counted_with_the_waypoint_as_reporter(guarded: WaypointBed
     guarded.get("p-told", "/counted")
     _, page = guarded.ask_waypoint(15020, "/metrics")
     assert 'host="p-told"' in page
+
+
+def test_messages_of_grpc_are_counted(guarded: WaypointBed) -> None:
+    def counted(direction: str) -> float:
+        _, page = guarded.ask_waypoint(15020, "/metrics")
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in page.splitlines()
+            if line.startswith(f"istio_{direction}_messages_total{{")
+            and 'destination_service_name="p-told-plainly"' in line
+        )
+
+    before = [counted(direction) for direction in ("request", "response")]
+    with Grpc(guarded["n1a"], vip("p-told-plainly"), 7070) as one:
+        for size in (0, 1, 9000):
+            # Head, message and end come at once; nothing of it may be lost.
+            called = one.call("/shop.Cart/Add", message=b"x" * size)
+            assert (called.grpc, called.said["received_bytes"]) == (0, 5 + size)
+    after = [counted(direction) for direction in ("request", "response")]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [3, 3]
 
 
 def test_the_next_one_learns_of_the_trace_and_a_collector_of_the_span(

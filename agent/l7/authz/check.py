@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from meshbpf.agent.core.policy import StringMatch
-from meshbpf.agent.l7.exchange import Exchange
+from meshbpf.agent.l7.exchange import Connection, Exchange
 from meshbpf.agent.l7.filter import Call, CallAnswer
 from meshbpf.agent.l7.message import Headers, RequestHead
 from meshbpf.agent.l7.providers import Authorizer
@@ -63,8 +63,16 @@ Answer = Allowed | Refused | Failed
 
 def check_call(authorizer: Authorizer, exchange: Exchange, body: bytes) -> Call:
     """What to send."""
-    make = _grpc_call if authorizer.grpc else _http_call
-    return make(authorizer, exchange, body)
+    if authorizer.grpc:
+        return _grpc_call(authorizer, check_request(authorizer, exchange, body))
+    return _http_call(authorizer, exchange, body)
+
+
+def connection_call(authorizer: Authorizer, connection: Connection) -> Call:
+    """What to send about an opaque connection, to an authorizer that speaks gRPC."""
+    message = pb.CheckRequest()
+    _both_ends(message.attributes, connection)
+    return _grpc_call(authorizer, message)
 
 
 def read_answer(authorizer: Authorizer, answer: CallAnswer) -> Answer:
@@ -118,8 +126,7 @@ def _any(patterns: Iterable[StringMatch], name: str) -> bool:
 # --- gRPC
 
 
-def _grpc_call(authorizer: Authorizer, exchange: Exchange, body: bytes) -> Call:
-    message = check_request(authorizer, exchange, body).SerializeToString()
+def _grpc_call(authorizer: Authorizer, message: pb.CheckRequest) -> Call:
     fields = request_headers(_METHOD, str(authorizer.target), timeout_s=authorizer.timeout_s)
     headers = Headers(
         (name.encode(), value.encode()) for name, value in fields if not name.startswith(":")
@@ -128,7 +135,7 @@ def _grpc_call(authorizer: Authorizer, exchange: Exchange, body: bytes) -> Call:
     return Call(
         authorizer.target,
         head,
-        encode(message),
+        encode(message.SerializeToString()),
         authorizer.timeout_s,
         http2=True,
         limit_bytes=_MAX_ANSWER_BYTES,
@@ -137,15 +144,10 @@ def _grpc_call(authorizer: Authorizer, exchange: Exchange, body: bytes) -> Call:
 
 def check_request(authorizer: Authorizer, exchange: Exchange, body: bytes) -> pb.CheckRequest:
     """The message."""
-    request, caller = exchange.request, exchange.caller
+    request = exchange.request
     message = pb.CheckRequest()
     attributes = message.attributes
-    _peer(attributes.source, str(caller.address.ip), caller.address.port)
-    if caller.identity is not None:
-        attributes.source.principal = str(caller.identity)
-    address = exchange.destination.address
-    if address is not None:
-        _peer(attributes.destination, str(address.ip), address.port)
+    _both_ends(attributes, exchange.connection)
     attributes.request.time.FromNanoseconds(int(exchange.started_wall_s * 1e9))
     http = attributes.request.http
     http.id = exchange.request_id
@@ -170,6 +172,15 @@ def check_request(authorizer: Authorizer, exchange: Exchange, body: bytes) -> pb
 
 
 _PROTOCOLS = {"http": "HTTP/1.1"}
+
+
+def _both_ends(attributes: pb.AttributeContext, connection: Connection) -> None:
+    caller, address = connection.caller, connection.destination.address
+    _peer(attributes.source, str(caller.address.ip), caller.address.port)
+    if caller.identity is not None:
+        attributes.source.principal = str(caller.identity)
+    if address is not None:
+        _peer(attributes.destination, str(address.ip), address.port)
 
 
 def _peer(peer: pb.AttributeContext.Peer, address: str, port: int) -> None:

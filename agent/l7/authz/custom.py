@@ -1,16 +1,22 @@
 """The filter for action CUSTOM: somebody else decides.
 
-The rules of a CUSTOM policy say which requests its provider is asked about.
-An opaque TCP connection that they match is refused, as there is nothing that
-an authorizer could be shown before the connection is let in; so is every
-match where the provider is not configured (both fail closed).
+The rules of a CUSTOM policy say which requests its provider is asked about,
+and which opaque TCP connections: of these only a gRPC provider can be asked
+(Envoy's network filter ext_authz), an HTTP one refuses them. Every match is
+refused where the provider is not configured. Both fail closed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from meshbpf.agent.l7.authz.check import Allowed, Failed, check_call, read_answer
+from meshbpf.agent.l7.authz.check import (
+    Allowed,
+    Failed,
+    check_call,
+    connection_call,
+    read_answer,
+)
 from meshbpf.agent.l7.authz.compiled import CompiledRule, compile_rules
 from meshbpf.agent.l7.authz.facts import Facts
 from meshbpf.agent.l7.authz.filter import REHEARSED
@@ -54,12 +60,15 @@ class ExternalAuthorization(Filter):
         self._tcp = compile_rules(enforced, tcp=True)
         self._dry = compile_rules((p for p in policies if p.dry_run), tcp=False)
 
-    def on_connect(self, connection: Connection) -> Outcome:
-        """Refuse what would have to be asked about."""
+    def on_connect(self, connection: Connection) -> Outcome | Steps:
+        """Ask about a connection, where a rule says so."""
         rule = _first(self._tcp, Facts(connection)) if self._tcp else None
         if rule is None:
             return CONTINUE
-        return Reply(_FORBIDDEN, detail=f"ext_authz_denied_tcp[{rule.id}]")
+        authorizer = self._authorizer
+        if authorizer is None or not authorizer.grpc or rule.policy.inexpressible:
+            return Reply(_FORBIDDEN, detail=f"ext_authz_error_tcp[{rule.id}]")
+        return self._ask_about(connection, authorizer, rule)
 
     def on_request(self, exchange: Exchange) -> Outcome | Steps:
         """Ask, where a rule says so."""
@@ -115,6 +124,25 @@ class ExternalAuthorization(Filter):
             case _:
                 reply = Reply(answer.status, answer.body, answer.headers, "ext_authz_denied")
                 return self._refuse(exchange, reply)
+
+    def _ask_about(
+        self, connection: Connection, authorizer: Authorizer, rule: CompiledRule
+    ) -> Steps:
+        given: CallAnswer | CallFailed = yield connection_call(authorizer, connection)
+        answer = (
+            Failed(given.reason)
+            if isinstance(given, CallFailed)
+            else read_answer(authorizer, given)
+        )
+        match answer:
+            case Allowed():
+                return CONTINUE
+            case Failed() if authorizer.fail_open:
+                return CONTINUE
+            case Failed():
+                return Reply(_FORBIDDEN, detail=f"ext_authz_error_tcp[{rule.id}]: {answer.reason}")
+            case _:
+                return Reply(_FORBIDDEN, detail=f"ext_authz_denied_tcp[{rule.id}]")
 
     def _refuse(self, exchange: Exchange, reply: Reply) -> Reply:
         exchange.flags.append(Flag.UNAUTHORIZED_EXTERNAL)

@@ -141,7 +141,13 @@ class TelemetryFilter(Filter):
             Metric.REQUEST_SIZE: float(exchange.request_bytes),
             Metric.RESPONSE_SIZE: float(exchange.response_bytes),
         }
+        sent, received = exchange.request_messages, exchange.response_messages
+        if sent is not None and received is not None:
+            values[Metric.GRPC_REQUEST_MESSAGES] = float(sent.total)
+            values[Metric.GRPC_RESPONSE_MESSAGES] = float(received.total)
         for metric, names, labels in self._shapes:
+            if metric not in values:
+                continue
             told = tuple(
                 standard[name] if compute is None else _tag_value(compute(exchange))
                 for name, compute in labels

@@ -1,4 +1,4 @@
-"""Istio's request metrics: a counter and three histograms for each set of labels.
+"""Istio's request metrics: three counters and three histograms for each set of labels.
 
 A request costs one look-up by what its labels are made of; the labels
 themselves are made once. The bounds: MAX_SERIES sets of labels, what comes
@@ -51,6 +51,13 @@ class Metric(StrEnum):
     REQUEST_DURATION = "REQUEST_DURATION"
     REQUEST_SIZE = "REQUEST_SIZE"
     RESPONSE_SIZE = "RESPONSE_SIZE"
+    GRPC_REQUEST_MESSAGES = "GRPC_REQUEST_MESSAGES"
+    GRPC_RESPONSE_MESSAGES = "GRPC_RESPONSE_MESSAGES"
+
+    @property
+    def counted(self) -> bool:
+        """Whether it is a counter; else a histogram."""
+        return self not in (Metric.REQUEST_DURATION, Metric.REQUEST_SIZE, Metric.RESPONSE_SIZE)
 
 
 NAMES = {
@@ -58,12 +65,16 @@ NAMES = {
     Metric.REQUEST_DURATION: "istio_request_duration_milliseconds",
     Metric.REQUEST_SIZE: "istio_request_bytes",
     Metric.RESPONSE_SIZE: "istio_response_bytes",
+    Metric.GRPC_REQUEST_MESSAGES: "istio_request_messages",
+    Metric.GRPC_RESPONSE_MESSAGES: "istio_response_messages",
 }
 HELP = {
     Metric.REQUEST_COUNT: "The number of requests that were answered or cut",
     Metric.REQUEST_DURATION: "How long requests took, from their head to the end of the response",
     Metric.REQUEST_SIZE: "The size of request bodies",
     Metric.RESPONSE_SIZE: "The size of response bodies",
+    Metric.GRPC_REQUEST_MESSAGES: "Messages of gRPC clients",
+    Metric.GRPC_RESPONSE_MESSAGES: "Messages of gRPC servers",
 }
 
 
@@ -98,13 +109,15 @@ class Sample:
 
 @dataclass(slots=True, eq=False)
 class Bundle:
-    """All four metrics under the standard labels."""
+    """All metrics under the standard labels."""
 
     labels: Labels
     requests: int = 0
     duration: Histogram = field(default_factory=Histogram)
     request: Histogram = field(default_factory=Histogram)
     response: Histogram = field(default_factory=Histogram)
+    grpc: list[int] | None = None
+    """Messages of clients, and of servers; None where no gRPC was spoken."""
 
     def record(self, exchange: Exchange) -> None:
         """One exchange that is over."""
@@ -112,6 +125,25 @@ class Bundle:
         self.duration.record((exchange.ended_s - exchange.started_s) * 1000)
         self.request.record(exchange.request_bytes)
         self.response.record(exchange.response_bytes)
+        sent, received = exchange.request_messages, exchange.response_messages
+        if sent is not None and received is not None:
+            self.grpc = self.grpc or [0, 0]
+            self.grpc[0] += sent.total
+            self.grpc[1] += received.total
+
+    def sample(self, metric: Metric) -> tuple[int, Histogram | None] | None:
+        """Count and histogram of one metric; None where it does not apply."""
+        match metric:
+            case Metric.REQUEST_COUNT:
+                return self.requests, None
+            case Metric.REQUEST_DURATION:
+                return self.requests, self.duration
+            case Metric.REQUEST_SIZE:
+                return self.requests, self.request
+            case Metric.RESPONSE_SIZE:
+                return self.requests, self.response
+        at = 0 if metric is Metric.GRPC_REQUEST_MESSAGES else 1
+        return None if self.grpc is None else (self.grpc[at], None)
 
 
 class RequestMetrics:
@@ -121,7 +153,7 @@ class RequestMetrics:
         self._max_series = max_series
         self._bundles: dict[Labels, Bundle] = {}
         self._shaped: dict[tuple[Metric, tuple[str, ...], Labels], Histogram] = {}
-        """Series whose labels a Telemetry changed; of a counter only `observed` is read."""
+        """Series whose labels a Telemetry changed; of a counter only the total is read."""
         self._known: dict[tuple[Any, ...], tuple[Bundle, tuple[Any, ...]]] = {}
         self.overflowed = 0
         """Requests that were counted without labels because there were too many series."""
@@ -166,20 +198,13 @@ class RequestMetrics:
         """All there is, metric by metric."""
         for metric in Metric:
             for bundle in self._bundles.values():
-                histogram = {
-                    Metric.REQUEST_COUNT: None,
-                    Metric.REQUEST_DURATION: bundle.duration,
-                    Metric.REQUEST_SIZE: bundle.request,
-                    Metric.RESPONSE_SIZE: bundle.response,
-                }[metric]
-                if bundle.requests:
-                    yield Sample(metric, LABELS, bundle.labels, bundle.requests, histogram)
+                found = bundle.sample(metric) if bundle.requests else None
+                if found is not None:
+                    yield Sample(metric, LABELS, bundle.labels, *found)
             for (of, names, values), shaped in self._shaped.items():
                 if of is metric:
-                    counted = metric is Metric.REQUEST_COUNT
-                    yield Sample(
-                        metric, names, values, shaped.observed, None if counted else shaped
-                    )
+                    count = int(shaped.total) if metric.counted else shaped.observed
+                    yield Sample(metric, names, values, count, None if metric.counted else shaped)
 
     def __len__(self) -> int:
         return len(self._bundles) + len(self._shaped)

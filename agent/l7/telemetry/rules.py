@@ -29,13 +29,11 @@ from meshbpf.agent.l7.telemetry.request_metrics import Metric
 GROUP = "telemetry.istio.io"
 KIND = "Telemetry"
 
-_TCP_OR_GRPC = (
+_TCP = (
     "TCP_OPENED_CONNECTIONS",
     "TCP_CLOSED_CONNECTIONS",
     "TCP_SENT_BYTES",
     "TCP_RECEIVED_BYTES",
-    "GRPC_REQUEST_MESSAGES",
-    "GRPC_RESPONSE_MESSAGES",
 )
 _MODES = {"CLIENT_AND_SERVER": True, "CLIENT": False, "SERVER": True}
 _MAX_TAG_CHARS = 256
@@ -269,7 +267,7 @@ def _chosen(match: Value | None) -> Iterator[Metric]:
     written = fields["metric"].text()
     if written == "ALL_METRICS":
         yield from Metric
-    elif written not in _TCP_OR_GRPC:
+    elif written not in _TCP:
         yield fields["metric"].choice({each.value: each for each in Metric})
 
 

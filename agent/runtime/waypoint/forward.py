@@ -159,9 +159,10 @@ class RequestRun:
 
     async def _forward(self, forward: Forward | None) -> Reply | None:
         timeout_s = 0.0 if forward is None else forward.rule.timeout_s
-        body, announced = self._body, self._request.body_bytes
+        body, request = self._body, self._request
         limit = self._proxy.limits.replay_bytes
-        if not body.complete and announced is not None and announced <= limit:
+        short = request.body_bytes is not None and request.body_bytes <= limit
+        if not body.complete and (short or request.arrived):
             await body.gather(limit)
         if forward is not None and forward.mirrors:
             self._mirror(forward)
@@ -337,7 +338,8 @@ class RequestRun:
         await upstream.send_head(self._exchange.request, has_body=has_body, upgrade=request.upgrade)
         if body.complete:
             if has_body:
-                self._exchange.request_bytes = len(body.kept)
+                self._exchange.restart_request()
+                self._exchange.count_request(body.kept)
                 await upstream.send_body(body.kept)
                 await upstream.end_body(request.trailers)
         else:
@@ -350,7 +352,7 @@ class RequestRun:
         body = self._body
         try:
             while data := await body.next():
-                self._exchange.request_bytes += len(data)
+                self._exchange.count_request(data)
                 await upstream.send_body(data)
             await upstream.end_body(self._request.trailers)
         except (BrokenError, FaultyPeerError):
@@ -401,7 +403,7 @@ class RequestRun:
             return None
         try:
             while data := await body.next():
-                exchange.response_bytes += len(data)
+                exchange.count_response(data)
                 await self._to_client(request.send_body(data))
         except (BrokenError, FaultyPeerError) as error:
             exchange.flags.append(Flag.UPSTREAM_RESET)

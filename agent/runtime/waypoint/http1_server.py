@@ -64,6 +64,11 @@ class Http1Request:
         self.gone = False
         self._body_over = False
 
+    @property
+    def arrived(self) -> bool:
+        """See ClientRequest."""
+        return self._body_over
+
     def give_up(self) -> None:
         """See ClientRequest."""
         self.gone = True

@@ -40,7 +40,7 @@ class Http2Request:
             pseudo.get(b":authority", b"").decode("latin-1"),
             Headers(_joined_cookies(fields)),
         )
-        self.has_body = not stream.ended
+        self.has_body = not stream.over  # all of it may have come with the head
         self.body_bytes = length
         self.gone = False
         self.scope = trio.CancelScope()
@@ -50,6 +50,11 @@ class Http2Request:
         """See ClientRequest."""
         self.gone = True
         self.scope.cancel()
+
+    @property
+    def arrived(self) -> bool:
+        """See ClientRequest."""
+        return self._stream.ended
 
     @property
     def trailers(self) -> Headers | None:

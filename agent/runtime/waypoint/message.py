@@ -37,6 +37,12 @@ class ClientRequest(Protocol):
     has_body: bool
     body_bytes: int | None
     """As announced; None when it is not."""
+
+    @property
+    def arrived(self) -> bool:
+        """All of the body has been received: reading it takes no wait."""
+        ...
+
     upgrade: str
     """The protocol that the client wants instead (`websocket`), lower-case; "" for none."""
 

@@ -28,12 +28,12 @@ _NO_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
 def request_families(metrics: RequestMetrics) -> Iterator[Family]:
-    """Istio's four, and how many series there are."""
+    """Istio's, and how many series there are."""
     found = list(metrics.samples())
     for metric in Metric:
         samples = [each for each in found if each.metric is metric]
-        kind = Kind.COUNTER if metric is Metric.REQUEST_COUNT else Kind.HISTOGRAM
-        lines = _counts(samples) if kind is Kind.COUNTER else _histograms(samples)
+        kind = Kind.COUNTER if metric.counted else Kind.HISTOGRAM
+        lines = _counts(samples) if metric.counted else _histograms(samples)
         yield Family(NAMES[metric], HELP[metric], kind, lines)
     yield single("meshbpf_waypoint_series", "Series of request metrics", Kind.GAUGE, len(metrics))
     yield single(

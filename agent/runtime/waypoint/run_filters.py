@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.l7.exchange import Exchange
@@ -30,13 +31,15 @@ _CALL_DEPTH_LIMIT = 64
 """Commands of one hook: a filter that asks for ever is at fault."""
 
 Caller = Callable[[Call], Awaitable[CallAnswer | CallFailed]]
-Hook = Callable[[Exchange], Outcome | Steps]
+T = TypeVar("T")  # an exchange, or an opaque connection
 
 
-async def run_hook(hook: Hook, exchange: Exchange, body: BodySource, call: Caller) -> Outcome:
+async def run_hook(
+    hook: Callable[[T], Outcome | Steps], subject: T, body: BodySource, call: Caller
+) -> Outcome:
     """One hook to its outcome. A hook that raises is a fault of ours: 500, and logged."""
     try:
-        found = hook(exchange)
+        found = hook(subject)
         if isinstance(found, Reply) or found is CONTINUE:
             return found
         if isinstance(found, Continue):

@@ -10,9 +10,11 @@ from meshbpf.agent.l7.filter import Chain, Reply
 from meshbpf.agent.l7.plan import PortPlan
 from meshbpf.agent.l7.rules import Backend, Shares
 from meshbpf.agent.runtime.logs import Log
+from meshbpf.agent.runtime.waypoint.body import BodySource
 from meshbpf.agent.runtime.waypoint.channel import BrokenError, Channel
 from meshbpf.agent.runtime.waypoint.opaque import join
 from meshbpf.agent.runtime.waypoint.proxy import Proxy
+from meshbpf.agent.runtime.waypoint.run_filters import run_hook
 
 log = Log("waypoint")
 
@@ -31,7 +33,9 @@ async def serve_tcp(
     """Carry one connection to its end; the client's side is closed in any case."""
     try:
         for hook in chain.connect:
-            outcome = hook(connection)
+            outcome = await run_hook(
+                hook, connection, BodySource(_nothing, has_body=False), proxy.calls
+            )
             if isinstance(outcome, Reply):
                 log.info(
                     "connection refused",
@@ -63,6 +67,11 @@ async def serve_tcp(
         log.debug("connection broke", cause=error, destination=connection.destination.authority)
     finally:
         client.close()
+
+
+async def _nothing() -> bytes:
+    """An opaque connection has no body that a filter could ask for."""
+    return b""
 
 
 async def _connect(

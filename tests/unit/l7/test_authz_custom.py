@@ -239,14 +239,38 @@ def test_a_provider_that_is_not_one_closes_and_is_reported(provider: str) -> Non
     assert "data.mesh: extensionProviders[5].envoyExtAuthzHttp.port" in told
 
 
-def test_tcp_that_would_have_to_be_asked_about_is_refused() -> None:
-    port = {"to": [{"operation": {"ports": ["8080"]}}]}
-    one = asking("rpc", port)
+PORT_8080 = {"to": [{"operation": {"ports": ["8080"]}}]}
+
+
+def test_a_grpc_authorizer_is_asked_about_opaque_connections() -> None:
+    one = asking("rpc", PORT_8080)
     assert one.on_connect(a_connection()) is CONTINUE
-    refused = one.on_connect(a_connection(destination="198.18.9.9:8080"))
-    assert isinstance(refused, Reply)
+    matching = a_connection(destination="198.18.9.9:8080")
+    outcome, commands = drive(one.on_connect(matching), grpc_answer(pb.CheckResponse()))
+    assert outcome is CONTINUE
+    (call,) = commands
+    assert isinstance(call, Call)
+    (message,) = Decoder("Check", 1 << 20).feed(call.body)
+    attributes = pb.CheckRequest.FromString(message).attributes
+    assert attributes.source.principal == "spiffe://cluster.local/ns/shop/sa/web"
+    assert attributes.destination.address.socket_address.port_value == 8080
+    assert not attributes.HasField("request")
+    denied = pb.CheckResponse()
+    denied.status.code = 7
+    for said in (grpc_answer(denied), CallFailed("it is down"), answer(200, b"<html>")):
+        outcome, _ = drive(one.on_connect(matching), said)
+        assert isinstance(outcome, Reply)
+        assert outcome.detail.startswith("ext_authz_")
     # Rules that read HTTP only lose those parts, and then match every connection.
-    assert isinstance(asking("rpc").on_connect(a_connection()), Reply)
+    assert drive(asking("rpc").on_connect(a_connection()), grpc_answer(denied))[0] != CONTINUE
+
+
+@pytest.mark.parametrize("provider", ["web", "nobody"])
+def test_an_opaque_connection_that_nobody_can_be_asked_about_is_refused(provider: str) -> None:
+    filters, _ = authorization(a_scope(policy(provider, PORT_8080), mesh()))
+    assert filters[0].on_connect(a_connection()) is CONTINUE
+    refused = filters[0].on_connect(a_connection(destination="198.18.9.9:8080"))
+    assert isinstance(refused, Reply)
 
 
 def test_dry_run_asks_nobody() -> None:

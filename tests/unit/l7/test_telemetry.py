@@ -162,6 +162,26 @@ def test_grpc_is_told_with_its_status(told: Told) -> None:
     assert (found["request_protocol"], found["grpc_response_status"]) == ("grpc", "7")
 
 
+def test_grpc_messages_are_counted_however_they_are_cut(told: Told) -> None:
+    stream = b"".join(bytes(1) + len(body).to_bytes(4, "big") + body for body in (b"", b"x" * 9))
+    for step in (1, 2, 7, 99):
+        exchange = done(200, protocol=Protocol.GRPC)
+        exchange.__post_init__()
+        for at in range(0, len(stream), step):
+            exchange.count_request(stream[at : at + step])
+        exchange.count_response(stream)
+        exchange.count_response(stream)
+        told.run(told.chain(), exchange)
+    (sent,) = told.samples(Metric.GRPC_REQUEST_MESSAGES)
+    (received,) = told.samples(Metric.GRPC_RESPONSE_MESSAGES)
+    assert (sent.count, received.count) == (8, 16)
+
+
+def test_requests_without_grpc_have_no_messages(told: Told) -> None:
+    told.run(told.chain(), done())
+    assert list(told.samples(Metric.GRPC_REQUEST_MESSAGES)) == []
+
+
 def test_a_peers_text_does_not_become_a_label(told: Told) -> None:
     exchange = done(200, protocol=Protocol.GRPC, response={"grpc-status": "a" * 999})
     told.run(told.chain(), exchange)
