@@ -62,12 +62,12 @@ class Problems:
         self.found.append(Problem(owner.key, field, reason, consequence, owner.origin))
 
 
+def age(each: KubeObject) -> tuple[str, ObjectKey]:
+    """Sorts the oldest first; those without a time after them, by name."""
+    # RFC 3339 in UTC: as text it sorts as time.
+    return str(each.metadata.get("creationTimestamp") or "~"), each.key
+
+
 def by_age(objects: Iterable[KubeObject]) -> Iterator[KubeObject]:
-    """Oldest first, as Istio settles conflicts; those without a time after them, by name."""
-    return iter(
-        sorted(
-            objects,
-            # RFC 3339 in UTC: as text it sorts as time.
-            key=lambda each: (str(each.metadata.get("creationTimestamp") or "~"), each.key),
-        )
-    )
+    """Oldest first, as Istio settles conflicts."""
+    return iter(sorted(objects, key=age))

@@ -11,8 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meshbpf.agent.core.kube_names import AMBIENT, DATAPLANE_MODE, SIDECAR_STATUS
+from meshbpf.agent.core.kube_names import (
+    AMBIENT,
+    DATAPLANE_MODE,
+    REDIRECTION,
+    REDIRECTION_ENABLED,
+    SIDECAR_STATUS,
+    TUNNEL,
+)
 from meshbpf.agent.core.objects import KubeObject
+from meshbpf.agent.core.workload import TunnelProtocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +48,14 @@ def enrolment(pod: KubeObject, namespace_labels: Mapping[str, str]) -> Enrolment
     if SIDECAR_STATUS in pod.annotations:
         return HAS_SIDECAR
     return ENROLLED
+
+
+def tunnel(about: KubeObject, *, enrolled: bool) -> tuple[TunnelProtocol, bool]:
+    """How a workload takes connections, and whether it does so by itself.
+
+    `enrolled`: it takes HBONE though nobody has annotated it.
+    """
+    if "http" in about.labels.get(TUNNEL, "").split(","):
+        return TunnelProtocol.HBONE, True
+    redirected = about.annotations.get(REDIRECTION) == REDIRECTION_ENABLED
+    return TunnelProtocol.HBONE if redirected or enrolled else TunnelProtocol.NONE, False

@@ -6,37 +6,28 @@ of objects, a directory of manifests and the API server alike.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from meshbpf.agent.core.bindings import GATEWAY_API
 from meshbpf.agent.core.identity import IdentityError
 from meshbpf.agent.core.kube_cluster import Cluster, Problem, Problems
-from meshbpf.agent.core.kube_enrolment import enrolment
-from meshbpf.agent.core.kube_names import CORE, DISCOVERY, REGION, SECURITY, SUBZONE, ZONE
+from meshbpf.agent.core.kube_entries import Entry, entry_of
+from meshbpf.agent.core.kube_entry_workloads import endpoint_workload, entry_workload
+from meshbpf.agent.core.kube_hostnames import settle
+from meshbpf.agent.core.kube_names import CORE, DISCOVERY, NETWORKING, SECURITY
 from meshbpf.agent.core.kube_peer_auth import PeerAuthentications
-from meshbpf.agent.core.kube_pods import (
-    PodPlace,
-    pod_workload,
-    slice_pods,
-    slice_service,
-    slice_workloads,
-)
+from meshbpf.agent.core.kube_places import Places
+from meshbpf.agent.core.kube_pods import pod_workload
 from meshbpf.agent.core.kube_policies import read_policies
-from meshbpf.agent.core.kube_selectors import SelectorIndex
+from meshbpf.agent.core.kube_service_entries import ServiceEntry, read_service_entry
 from meshbpf.agent.core.kube_services import KubeService, read_services
+from meshbpf.agent.core.kube_slices import slice_service, slice_workloads
 from meshbpf.agent.core.kube_waypoints import Waypoints
 from meshbpf.agent.core.object_fields import ObjectError
 from meshbpf.agent.core.objects import KubeObject, ObjectKey, ObjectSet
-from meshbpf.agent.core.policy import Authorization, PolicyScope
 from meshbpf.agent.core.state import MeshState
-from meshbpf.agent.core.workload import (
-    DEFAULT_SERVICE_ACCOUNT,
-    Locality,
-    NamespacedHostname,
-    Workload,
-)
+from meshbpf.agent.core.workload import NamespacedHostname, Workload
 
 KINDS = (
     (CORE, "v1", "Namespace"),
@@ -46,12 +37,15 @@ KINDS = (
     (DISCOVERY, "v1", "EndpointSlice"),
     (GATEWAY_API, "v1", "Gateway"),
     (GATEWAY_API, "v1", "GatewayClass"),
+    (NETWORKING, "v1", "ServiceEntry"),
+    (NETWORKING, "v1", "WorkloadEntry"),
     (SECURITY, "v1", "AuthorizationPolicy"),
     (SECURITY, "v1", "PeerAuthentication"),
 )
 """What the translation reads: (group, version, kind)."""
 
 _NOT_IN_MESH = "it is not in the mesh"
+_NO_ENDPOINTS = "its endpoints are not in the mesh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,132 +62,127 @@ def translate(objects: ObjectSet, cluster: Cluster) -> Translation:
     """The mesh state of `objects`. A bad object costs itself alone."""
     problems = Problems()
     waypoints = Waypoints(objects, cluster, problems)
-    services = read_services(objects, cluster, waypoints, problems)
+    entries = _service_entries(objects, cluster, waypoints, problems)
+    claims = [*read_services(objects, cluster, waypoints, problems)]
+    claims += [service for each in entries for service in each.services]
+    services = settle(claims, problems)
     policies = read_policies(objects, cluster, problems)
     peers = PeerAuthentications(objects, cluster, problems)
-    pods = _Pods(objects, cluster, waypoints, services, peers, problems)
-    pods.select_by(
-        [
-            (one.policy, one.selector)
-            for one in policies
-            if one.policy.scope is PolicyScope.WORKLOAD_SELECTOR and one.selector is not None
-        ]
-    )
-    workloads = [*pods.workloads(), *_bare_endpoints(objects, cluster, services, problems)]
+    places = Places(objects, cluster, waypoints, services, policies, peers, problems)
+    workloads = _Workloads(objects, cluster, places, services, problems)
     state = MeshState(
-        workloads=tuple(workloads),
+        workloads=(
+            *workloads.of_pods(),
+            *workloads.of_entries(),
+            *workloads.of_service_entries(entries),
+            *workloads.of_slices(),
+        ),
         services=tuple(each.service for each in services.values()),
         policies=(*(one.policy for one in policies), *peers.policies),
     )
     return Translation(state, tuple(problems.found), frozenset(problems.broken))
 
 
-class _Pods:
-    """Turns Pods into workloads, with what the rest of the cluster says of them."""
+def _service_entries(
+    objects: ObjectSet, cluster: Cluster, waypoints: Waypoints, problems: Problems
+) -> list[ServiceEntry]:
+    namespaces = {each.name: each for each in objects.of_kind(CORE, "Namespace")}
+    found: list[ServiceEntry] = []
+    for each in objects.of_kind(NETWORKING, "ServiceEntry"):
+        above = namespaces.get(each.namespace)
+        try:
+            found.append(read_service_entry(each, above, cluster.network, waypoints, problems))
+        except ObjectError as error:
+            problems.reject(error, each.origin, "its hosts are not in the mesh")
+    return found
+
+
+class _Workloads:
+    """Turns what runs in a cluster, and what its entries tell of, into workloads."""
 
     def __init__(
         self,
         objects: ObjectSet,
         cluster: Cluster,
-        waypoints: Waypoints,
+        places: Places,
         services: Mapping[NamespacedHostname, KubeService],
-        peers: PeerAuthentications,
         problems: Problems,
     ) -> None:
-        self._pods = tuple(objects.of_kind(CORE, "Pod"))
+        self._objects = objects
         self._cluster = cluster
-        self._waypoints = waypoints
-        self._peers = peers
+        self._places = places
+        self._services = services
         self._problems = problems
-        self._labels = {each.name: each.labels for each in objects.of_kind(CORE, "Namespace")}
-        self._localities = {
-            each.name: Locality(
-                each.labels.get(REGION, ""),
-                each.labels.get(ZONE, ""),
-                each.labels.get(SUBZONE, ""),
-            )
-            for each in objects.of_kind(CORE, "Node")
-        }
-        self._selecting = SelectorIndex(
-            (each.service.namespace, each.selector, each) for each in services.values()
-        )
-        self._listed = _services_by_slice(objects, cluster, services)
-        self._policies: SelectorIndex[str] = SelectorIndex(())
 
-    def select_by(self, policies: Iterable[tuple[Authorization, Mapping[str, str]]]) -> None:
-        """The policies that select pods by their labels."""
-        self._policies = SelectorIndex(
-            (policy.namespace, selector, policy.key) for policy, selector in policies
-        )
+    def of_pods(self) -> Iterator[Workload]:
+        for each in self._objects.of_kind(CORE, "Pod"):
+            yield from self._tried(each, self._of_pod, "spec.serviceAccountName")
 
-    def workloads(self) -> Iterable[Workload]:
-        for pod in self._pods:
-            try:
-                found = pod_workload(pod, self._cluster, lambda pod=pod: self._place(pod))  # type: ignore[misc]
-            except ObjectError as error:
-                self._problems.reject(error, pod.origin, _NOT_IN_MESH)
-            except IdentityError as error:
-                told = ObjectError(pod.key, "spec.serviceAccountName", error.what)
-                self._problems.reject(told, pod.origin, _NOT_IN_MESH)
-            else:
-                if found is not None:
-                    yield found
+    def of_entries(self) -> Iterator[Workload]:
+        for each in self._objects.of_kind(NETWORKING, "WorkloadEntry"):
+            yield from self._tried(each, self._of_entry, "spec.serviceAccount")
 
-    def _place(self, pod: KubeObject) -> PodPlace:
-        labels = pod.labels
-        namespace_labels = self._labels.get(pod.namespace, {})
-        services = {each.key: each for each in self._selecting.of(pod.namespace, labels)}
-        for each in self._listed.get((pod.namespace, pod.name), ()):
-            services.setdefault(each.key, each)
-        policies = set(self._policies.of(pod.namespace, labels))
-        policies.update(self._policies.of(self._cluster.root_namespace, labels))
-        membership = enrolment(pod, namespace_labels)
-        if membership.left_alone:
-            self._problems.note(
-                pod, "metadata.labels[istio.io/dataplane-mode]", membership.left_alone, "left alone"
-            )
-        account = str(pod.spec.get("serviceAccountName") or DEFAULT_SERVICE_ACCOUNT)
-        binding = self._waypoints.of_pod(pod, account)
-        return PodPlace(
-            services=services.values(),
-            policies=(*sorted(policies), *self._peers.applied(pod.namespace, labels)),
-            locality=self._localities.get(str(pod.spec.get("nodeName")), Locality()),
-            waypoint=None if binding is None else binding.address,
-            tunnel=self._waypoints.tunnel_of(pod),
-            enrolled=membership.enrolled,
-        )
+    def of_service_entries(self, entries: Iterable[ServiceEntry]) -> Iterator[Workload]:
+        for entry in entries:
+            held = [service for service in entry.services if self._holds(service)]
+            if held:  # else others have its hosts, which is told
+                yield from self._of_hosts(entry, held)
+                yield from self._of_endpoints(entry, held)
 
+    def of_slices(self) -> Iterator[Workload]:
+        for each in self._objects.of_kind(DISCOVERY, "EndpointSlice"):
+            yield from self._tried(each, self._of_slice, "metadata.namespace", _NO_ENDPOINTS)
 
-def _services_by_slice(
-    objects: ObjectSet, cluster: Cluster, services: Mapping[NamespacedHostname, KubeService]
-) -> dict[tuple[str, str], list[KubeService]]:
-    """Pods that a service without a selector has by name, in slices that somebody wrote."""
-    found: dict[tuple[str, str], list[KubeService]] = defaultdict(list)
-    for each in objects.of_kind(DISCOVERY, "EndpointSlice"):
-        key = slice_service(each, cluster)
-        service = None if key is None else services.get(key)
-        if service is None or service.selector:
-            continue  # by selector they are found anyway
+    def _tried(
+        self,
+        owner: KubeObject,
+        made_of: Callable[[KubeObject], Iterable[Workload]],
+        identity_at: str,
+        consequence: str = _NOT_IN_MESH,
+    ) -> tuple[Workload, ...]:
         try:
-            for pod in slice_pods(each):
-                found[pod].append(service)
-        except ObjectError:
-            continue  # told where its endpoints are read
-    return found
-
-
-def _bare_endpoints(
-    objects: ObjectSet,
-    cluster: Cluster,
-    services: Mapping[NamespacedHostname, KubeService],
-    problems: Problems,
-) -> Iterable[Workload]:
-    for each in objects.of_kind(DISCOVERY, "EndpointSlice"):
-        key = slice_service(each, cluster)
-        service = None if key is None else services.get(key)
-        if service is None:
-            continue
-        try:
-            yield from tuple(slice_workloads(each, service, cluster))
+            return tuple(made_of(owner))
         except ObjectError as error:
-            problems.reject(error, each.origin, "its endpoints are not in the mesh")
+            self._problems.reject(error, owner.origin, consequence)
+        except IdentityError as error:
+            told = ObjectError(owner.key, identity_at, error.what)
+            self._problems.reject(told, owner.origin, consequence)
+        return ()
+
+    def _of_pod(self, pod: KubeObject) -> Iterator[Workload]:
+        found = pod_workload(pod, self._cluster, lambda: self._places.of_pod(pod))
+        if found is not None:
+            yield found
+
+    def _of_entry(self, owner: KubeObject) -> Iterator[Workload]:
+        entry, whole = entry_of(owner)
+        place = self._places.of_entry(whole, entry.account)
+        yield entry_workload(whole, entry, place, self._cluster)
+
+    def _of_hosts(self, entry: ServiceEntry, held: Iterable[KubeService]) -> Iterator[Workload]:
+        for service in held if entry.by_name else ():
+            named = Entry.at_host(service.service.hostname)
+            place = self._places.of_host(entry.owner, service)
+            yield endpoint_workload(entry.owner, named, place, self._cluster)
+
+    def _of_endpoints(self, entry: ServiceEntry, held: list[KubeService]) -> Iterator[Workload]:
+        owner = entry.owner
+        seen: set[str] = set()
+        for index, endpoint in enumerate(entry.endpoints):
+            at = f"spec.endpoints[{index}]"
+            if endpoint.address in seen:
+                what = f"{endpoint.address!r} is an endpoint before this one"
+                self._problems.note(owner, f"{at}.address", what, "this endpoint is left out")
+                continue
+            seen.add(endpoint.address)
+            place = self._places.of_endpoint(owner, endpoint, held, at)
+            yield endpoint_workload(owner, endpoint, place, self._cluster)
+
+    def _of_slice(self, each: KubeObject) -> Iterator[Workload]:
+        service = slice_service(each, self._cluster, self._services)
+        if service is not None:
+            yield from slice_workloads(each, service, self._cluster)
+
+    def _holds(self, service: KubeService) -> bool:
+        found = self._services.get(service.key)
+        return found is not None and found.owner is service.owner

@@ -6,6 +6,8 @@ spell them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 DATAPLANE_MODE = "istio.io/dataplane-mode"
 AMBIENT = "ambient"
 NONE = "none"
@@ -36,6 +38,17 @@ SUBZONE = "topology.istio.io/subzone"
 SERVICE_NAME = "kubernetes.io/service-name"
 """Of an EndpointSlice: whose endpoints it holds."""
 
+AUTO_REGISTRATION = "istio.io/autoRegistrationGroup"
+"""Annotation of a WorkloadEntry that istiod made: the WorkloadGroup that it is one of."""
+AUTO_ALLOCATE = "networking.istio.io/enable-autoallocate-ip"
+"""Label of a ServiceEntry: `false` declines the addresses that istiod would give it."""
+
 CORE = ""
 DISCOVERY = "discovery.k8s.io"
+NETWORKING = "networking.istio.io"
 SECURITY = "security.istio.io"
+
+
+def first_label(labels: Mapping[str, str], keys: Iterable[str], default: str) -> str:
+    """The value of the first of `keys` that is there."""
+    return next((labels[key] for key in keys if key in labels), default)

@@ -1,37 +1,27 @@
-"""Pods as workloads, and endpoints without a pod as bare ones.
-
-As istiod's `podWorkloadBuilder` and `endpointSlicesBuilder`.
-"""
+"""Pods as workloads, as istiod's `podWorkloadBuilder` makes them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 from meshbpf.agent.core.address import IPAddress
 from meshbpf.agent.core.kube_cluster import Cluster
+from meshbpf.agent.core.kube_enrolment import tunnel
 from meshbpf.agent.core.kube_names import (
     CANONICAL_NAMES,
     CANONICAL_REVISIONS,
-    REDIRECTION,
-    REDIRECTION_ENABLED,
-    SERVICE_NAME,
-    TUNNEL,
     WORKLOAD_NAME,
+    first_label,
 )
-from meshbpf.agent.core.kube_services import KubeService
+from meshbpf.agent.core.kube_places import Place
+from meshbpf.agent.core.kube_services import target_ports
 from meshbpf.agent.core.object_fields import Value
 from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.core.workload import (
     DEFAULT_SERVICE_ACCOUNT,
-    ApplicationTunnel,
-    GatewayAddress,
     HealthStatus,
-    Locality,
-    NamespacedHostname,
     NetworkMode,
-    TunnelProtocol,
     Workload,
 )
 
@@ -39,21 +29,7 @@ _CRON_JOB = re.compile(r"(.+)-\d{8,10}")
 TERMINAL = ("Failed", "Succeeded")
 
 
-@dataclass(frozen=True, slots=True)
-class PodPlace:
-    """What the rest of the cluster says of one pod."""
-
-    services: Iterable[KubeService]
-    policies: tuple[str, ...]
-    locality: Locality
-    waypoint: GatewayAddress | None
-    tunnel: ApplicationTunnel | None
-    enrolled: bool
-
-
-def pod_workload(
-    pod: KubeObject, cluster: Cluster, place: Callable[[], PodPlace]
-) -> Workload | None:
+def pod_workload(pod: KubeObject, cluster: Cluster, place: Callable[[], Place]) -> Workload | None:
     """The workload that a pod is; None for one that has ended, or has no address yet.
 
     ObjectError for a pod that cannot be understood; `place` is asked only
@@ -69,32 +45,29 @@ def pod_workload(
     account = spec.get("serviceAccountName")
     node = spec.get("nodeName")
     name = _workload_name(pod)
-    tunnel, native = TunnelProtocol.NONE, False
-    redirected = pod.annotations.get(REDIRECTION) == REDIRECTION_ENABLED
-    if redirected or (cluster.by_hand and at.enrolled):
-        tunnel = TunnelProtocol.HBONE
-    if "http" in pod.labels.get(TUNNEL, "").split(","):
-        tunnel, native = TunnelProtocol.HBONE, True
+    protocol, native = tunnel(pod, enrolled=cluster.by_hand and at.enrolled)
     return Workload(
         uid=f"{cluster.cluster_id}//Pod/{pod.namespace}/{pod.name}",
         name=pod.name,
         namespace=pod.namespace,
         addresses=addresses,
         network=cluster.network,
-        tunnel_protocol=tunnel,
+        tunnel_protocol=protocol,
         trust_domain=cluster.trust_domain,
         service_account=account.text() if account.present else DEFAULT_SERVICE_ACCOUNT,
         waypoint=at.waypoint,
         node=node.text() if node.present else "",
-        canonical_name=_first(pod.labels, CANONICAL_NAMES, name),
-        canonical_revision=_first(pod.labels, CANONICAL_REVISIONS, "latest"),
+        canonical_name=first_label(pod.labels, CANONICAL_NAMES, name),
+        canonical_revision=first_label(pod.labels, CANONICAL_REVISIONS, "latest"),
         workload_type="pod",  # istiod says so of each, for older node proxies
         workload_name=name,
         native_tunnel=native,
         authorization_policies=at.policies,
         status=_health(pod, status, cluster),
         cluster_id=cluster.cluster_id,
-        services=_target_ports(pod, at.services),
+        services=target_ports(
+            at.services, lambda name: _container_port(pod, name), by_port_name=False
+        ),
         application_tunnel=at.tunnel,
         locality=at.locality,
         network_mode=NetworkMode.HOST_NETWORK
@@ -125,22 +98,6 @@ def _health(pod: KubeObject, status: Value, cluster: Cluster) -> HealthStatus:
             ready = item.get("status").raw == "True"
             return HealthStatus.HEALTHY if ready else HealthStatus.UNHEALTHY
     return HealthStatus.UNHEALTHY
-
-
-def _target_ports(
-    pod: KubeObject, services: Iterable[KubeService]
-) -> dict[NamespacedHostname, Mapping[int, int]]:
-    found: dict[NamespacedHostname, Mapping[int, int]] = {}
-    for each in services:
-        ports: dict[int, int] = {}
-        for port in each.ports:
-            target: int | None = port.target
-            if port.target_name:
-                target = _container_port(pod, port.target_name)
-            if target:  # a pod without the port of that name has none of the service's
-                ports[port.port] = target
-        found[each.key] = ports
-    return found
 
 
 def _container_port(pod: KubeObject, name: str) -> int | None:
@@ -176,67 +133,6 @@ def _workload_name(pod: KubeObject) -> str:
     elif kind == "Job" and (found := _CRON_JOB.fullmatch(name)):
         return found[1]
     return name
-
-
-def slice_workloads(each: KubeObject, service: KubeService, cluster: Cluster) -> Iterator[Workload]:
-    """The endpoints of a slice that are not pods: somebody wrote their addresses down.
-
-    Nothing is known of such an address but that the service has it, and it
-    may be another's too: it is never found by itself.
-    """
-    ports = _slice_ports(each, service)
-    seen: set[str] = set()
-    for item in _items(Value.of(each, "endpoints")):
-        if item.get("targetRef", "kind").raw == "Pod":
-            continue
-        listed = item.get("addresses")
-        texts = listed.texts() if listed.present else ()
-        if not texts or texts[0] in seen:
-            continue
-        seen.add(texts[0])
-        ready = item.get("conditions", "ready").raw is not False
-        yield Workload(
-            uid=f"{cluster.cluster_id}/discovery.k8s.io/EndpointSlice/"
-            f"{each.namespace}/{each.name}/{texts[0]}",
-            name=each.name,
-            namespace=each.namespace,
-            addresses=tuple(address.ip() for address in listed.items()),
-            network=cluster.network,
-            trust_domain=cluster.trust_domain,
-            status=HealthStatus.HEALTHY if ready else HealthStatus.UNHEALTHY,
-            cluster_id=cluster.cluster_id,
-            services={service.key: ports},
-            network_mode=NetworkMode.HOST_NETWORK,
-        )
-
-
-def slice_pods(each: KubeObject) -> Iterator[tuple[str, str]]:
-    """(namespace, name) of the pods that a slice names."""
-    for item in _items(Value.of(each, "endpoints")):
-        if item.get("targetRef", "kind").raw == "Pod":
-            named = item.get("targetRef", "name")
-            if named.present:
-                yield each.namespace, named.text()
-
-
-def slice_service(each: KubeObject, cluster: Cluster) -> NamespacedHostname | None:
-    """Whose endpoints a slice holds; None for one that belongs to no service."""
-    name = each.labels.get(SERVICE_NAME)
-    if not name or each.body.get("addressType") == "FQDN":
-        return None
-    return cluster.service_key(each.namespace, name)
-
-
-def _slice_ports(each: KubeObject, service: KubeService) -> dict[int, int]:
-    targets: dict[str, int] = {}
-    for item in _items(Value.of(each, "ports")):
-        if (item.get("protocol").raw or "TCP") == "TCP" and item.get("port").present:
-            targets[str(item.get("name").raw or "")] = item.get("port").integer(1, 65535)
-    return {port.port: targets[port.name] for port in service.ports if port.name in targets}
-
-
-def _first(labels: Mapping[str, str], keys: Iterable[str], default: str) -> str:
-    return next((labels[key] for key in keys if key in labels), default)
 
 
 def _items(value: Value) -> Iterable[Value]:

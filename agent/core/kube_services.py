@@ -1,19 +1,20 @@
 """Kubernetes Services as the mesh's services: addresses, ports, balancing.
 
 As istiod's `constructService`. An ExternalName service is none: its name
-resolves to another's, and that one is what a connection reaches.
+resolves to another's, and that one is what a connection reaches. ServiceEntries
+(kube_service_entries.py) take the same form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from meshbpf.agent.core.kube_cluster import Cluster, Problems
+from meshbpf.agent.core.kube_cluster import Cluster, Problems, age
 from meshbpf.agent.core.kube_names import CORE, TRAFFIC_DISTRIBUTION
 from meshbpf.agent.core.kube_waypoints import Waypoints
 from meshbpf.agent.core.object_fields import ObjectError, Value
-from meshbpf.agent.core.objects import KubeObject, ObjectSet
+from meshbpf.agent.core.objects import KubeObject, ObjectKey, ObjectSet
 from meshbpf.agent.core.service import (
     HealthPolicy,
     IPFamilies,
@@ -35,7 +36,7 @@ _DISTRIBUTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class ServicePort:
-    """One TCP port of a Service, as pods and EndpointSlices must know it."""
+    """One TCP port of a service, as workloads and EndpointSlices must know it."""
 
     name: str
     port: int
@@ -46,33 +47,64 @@ class ServicePort:
 
 @dataclass(frozen=True, slots=True)
 class KubeService:
-    """A Service that was understood."""
+    """A Service, or one host of a ServiceEntry, that was understood."""
 
     service: Service
     selector: Mapping[str, str]
     ports: tuple[ServicePort, ...]
+    owner: KubeObject = field(compare=False)
 
     @property
     def key(self) -> NamespacedHostname:
         """The mesh's key of it."""
         return self.service.key
 
+    @property
+    def of_entry(self) -> bool:
+        """It is a host of a ServiceEntry."""
+        return self.owner.key.kind == "ServiceEntry"
+
+    @property
+    def age(self) -> tuple[bool, tuple[str, ObjectKey]]:
+        """Sorts whom a hostname is given to: Services first, then the oldest."""
+        return self.of_entry, age(self.owner)
+
 
 def read_services(
     objects: ObjectSet, cluster: Cluster, waypoints: Waypoints, problems: Problems
-) -> dict[NamespacedHostname, KubeService]:
-    """All Services but the external names, by the mesh's key."""
+) -> Iterable[KubeService]:
+    """All Services but the external names."""
     namespaces = {each.name: each for each in objects.of_kind(CORE, "Namespace")}
-    found: dict[NamespacedHostname, KubeService] = {}
     for each in objects.of_kind(CORE, "Service"):
         if each.spec.get("type") == "ExternalName":
             continue
         try:
-            one = _service(each, namespaces.get(each.namespace), cluster, waypoints)
+            yield _service(each, namespaces.get(each.namespace), cluster, waypoints)
         except ObjectError as error:
             problems.reject(error, each.origin, "the service is not in the mesh")
-            continue
-        found[one.key] = one
+
+
+def target_ports(
+    services: Iterable[KubeService], named: Callable[[str], int | None], *, by_port_name: bool
+) -> dict[NamespacedHostname, Mapping[int, int]]:
+    """A workload's own port for each port of its services; `named` gives those that have a name.
+
+    A Service names its target port where each workload has its own. For a
+    ServiceEntry, and wherever `by_port_name`, a workload may have one under the
+    name of the service's port, and need not.
+    """
+    found: dict[NamespacedHostname, Mapping[int, int]] = {}
+    for each in services:
+        ports: dict[int, int] = {}
+        for port in each.ports:
+            target: int | None = port.target
+            if port.target_name:
+                target = named(port.target_name)
+            elif port.name and (by_port_name or each.of_entry):
+                target = named(port.name) or target
+            if target:  # a workload without the port of that name has none of the service's
+                ports[port.port] = target
+        found[each.key] = ports
     return found
 
 
@@ -99,7 +131,7 @@ def _service(
         ip_families=families,
         canonical=True,  # what else bears its name holds in its own namespace alone
     )
-    return KubeService(service, selector, ports)
+    return KubeService(service, selector, ports, owner)
 
 
 def _ports(spec: Value) -> tuple[ServicePort, ...]:
@@ -152,7 +184,8 @@ def _balancing(
     if local:
         scopes, mode = (LoadBalancerScope.NODE,), LoadBalancerMode.STRICT
     else:
-        scopes = _preferred(owner, spec, namespace)
+        distribution = str(spec.get("trafficDistribution").raw or "")
+        scopes = preferred_scopes(owner, namespace, distribution)
         mode = LoadBalancerMode.FAILOVER if scopes else mode
     all_of_them = spec.get("publishNotReadyAddresses").raw is True
     if not scopes and not all_of_them:
@@ -161,13 +194,12 @@ def _balancing(
     return LoadBalancing(scopes, mode, health)
 
 
-def _preferred(
-    owner: KubeObject, spec: Value, namespace: KubeObject | None
+def preferred_scopes(
+    owner: KubeObject, namespace: KubeObject | None, field: str = ""
 ) -> tuple[LoadBalancerScope, ...]:
     """By the field, else the service's annotation, else its namespace's."""
-    field = str(spec.get("trafficDistribution").raw or "").lower()
-    if field in _DISTRIBUTIONS:
-        return _DISTRIBUTIONS[field]
+    if field.lower() in _DISTRIBUTIONS:
+        return _DISTRIBUTIONS[field.lower()]
     own = owner.annotations.get(TRAFFIC_DISTRIBUTION, "").lower()
     above = "" if namespace is None else namespace.annotations.get(TRAFFIC_DISTRIBUTION, "").lower()
     return _DISTRIBUTIONS.get(own or above, ())

@@ -41,25 +41,31 @@ class Waypoints:
 
     def of_service(self, service: KubeObject) -> Binding:
         """What stands before a service."""
-        return self._told(service, self._bindings.of_service(service))
+        return self._told(service, self._bindings.of_service(service), "metadata")
 
-    def of_pod(self, pod: KubeObject, account: str) -> Binding | None:
-        """What stands before a pod; None for one that is a waypoint's own."""
-        if self._instance_of(pod) in self._tunnels:
+    def of_workload(
+        self, workload: KubeObject, account: str, labels_at: str = "metadata"
+    ) -> Binding | None:
+        """What stands before a workload; None for one that is a waypoint's own.
+
+        `labels_at` is where its labels are written, for messages.
+        """
+        if self._instance_of(workload) in self._tunnels:
             return None
-        return self._told(pod, self._bindings.of_workload(pod, account))
+        return self._told(workload, self._bindings.of_workload(workload, account), labels_at)
 
-    def tunnel_of(self, pod: KubeObject) -> ApplicationTunnel | None:
-        """How a waypoint's own pod wants its connections."""
-        return self._tunnels.get(self._instance_of(pod))
+    def tunnel_of(self, workload: KubeObject) -> ApplicationTunnel | None:
+        """How a waypoint's own workload wants its connections."""
+        return self._tunnels.get(self._instance_of(workload))
 
     @staticmethod
-    def _instance_of(pod: KubeObject) -> tuple[str, str]:
-        return pod.namespace, pod.labels.get(GATEWAY_NAME, "")
+    def _instance_of(workload: KubeObject) -> tuple[str, str]:
+        return workload.namespace, workload.labels.get(GATEWAY_NAME, "")
 
-    def _told(self, about: KubeObject, binding: Binding) -> Binding:
+    def _told(self, about: KubeObject, binding: Binding, labels_at: str) -> Binding:
         if binding.ignored:
-            self._problems.note(about, f"metadata.labels[{USE_WAYPOINT}]", binding.why, _UNBOUND)
+            field = f"{labels_at}.labels[{USE_WAYPOINT}]"
+            self._problems.note(about, field, binding.why, _UNBOUND)
         return binding
 
 

@@ -12,7 +12,7 @@ The names follow the Kubernetes API conventions (apiVersion, kind, metadata).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -69,6 +69,10 @@ class KubeObject:
     def spec(self) -> Mapping[str, Any]:
         """`spec`, empty when there is none."""
         return self.body.get("spec") or {}
+
+    def with_labels(self, labels: Mapping[str, str]) -> KubeObject:
+        """The same with other labels, for those who ask by them."""
+        return replace(self, body={**self.body, "metadata": {**self.metadata, "labels": labels}})
 
 
 @dataclass(frozen=True, slots=True)

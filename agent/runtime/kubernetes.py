@@ -38,7 +38,8 @@ GRACE_S = 15.0
 TOLD_MOST = 20
 _PLURALS = {"EndpointSlice": "endpointslices", "Gateway": "gateways",
             "GatewayClass": "gatewayclasses", "AuthorizationPolicy": "authorizationpolicies",
-            "PeerAuthentication": "peerauthentications", "Telemetry": "telemetries"}  # fmt: skip
+            "PeerAuthentication": "peerauthentications", "Telemetry": "telemetries",
+            "ServiceEntry": "serviceentries", "WorkloadEntry": "workloadentries"}  # fmt: skip
 
 log = Log("state")
 

@@ -23,6 +23,10 @@ START_LIMIT_S = 120.0
 TOKEN = "meshbpf-test-admin-token"
 READER = "meshbpf-test-agent-token"
 CRDS = {
+    "networking.istio.io": {
+        "ServiceEntry": "serviceentries",
+        "WorkloadEntry": "workloadentries",
+    },
     "security.istio.io": {
         "AuthorizationPolicy": "authorizationpolicies",
         "PeerAuthentication": "peerauthentications",

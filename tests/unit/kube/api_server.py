@@ -47,6 +47,8 @@ LISTS = {
     "/apis/meshbpf.io/v1alpha1/ratelimits": "RateLimit",
     "/apis/gateway.networking.k8s.io/v1/gateways": "Gateway",
     "/apis/gateway.networking.k8s.io/v1/gatewayclasses": "GatewayClass",
+    "/apis/networking.istio.io/v1/serviceentries": "ServiceEntry",
+    "/apis/networking.istio.io/v1/workloadentries": "WorkloadEntry",
     "/apis/security.istio.io/v1/authorizationpolicies": "AuthorizationPolicy",
     "/apis/security.istio.io/v1/peerauthentications": "PeerAuthentication",
 }
