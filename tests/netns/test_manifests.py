@@ -95,3 +95,33 @@ def test_a_bad_object_is_told_by_status_and_the_good_ones_stay(written: Testbed)
     finally:
         broken.unlink()
     written.wait_mesh()
+
+
+def test_a_service_entry_is_reached_by_its_address_through_the_pods_and_names_it_lists(
+    written: Testbed,
+) -> None:
+    client, server = written["n1a"], written["n2a"]
+    port = {"number": 80, "name": "echo", "protocol": "TCP", "targetPort": ECHO}
+    selecting = {"workloadSelector": {"labels": {"app": server.name}}}
+    listing = {"endpoints": [{"address": written["n2x"].ipv4}]}
+    entries = [
+        istio("ServiceEntry", name, {"resolution": "STATIC", "ports": [port]} | spec)
+        | {"apiVersion": "networking.istio.io/v1"}
+        for name, spec in (
+            ("selects", {"hosts": ["a.example"], "addresses": ["198.19.77.1"]} | selecting),
+            ("lists", {"hosts": ["b.example"], "addresses": ["198.19.77.2"]} | listing),
+        )
+    ]
+    written.policies.extend(entries)
+    try:
+        written.write_mesh()
+        written.wait_mesh()
+        with Sniffer(written.node_netns(1), "trunk", ()) as sniffer:
+            passes(written, client, "198.19.77.1", 80)
+        assert sniffer.seen.tcp_service_ports() == {15008}
+        passes(written, client, "198.19.77.2", 80)
+    finally:
+        for each in entries:
+            written.policies.remove(each)
+        written.write_mesh()
+        written.wait_mesh()
