@@ -142,6 +142,15 @@ class Bindings:
             if account:
                 self._by_account[each.namespace, account] = gateway
 
+    @property
+    def by_account(self) -> bool:
+        """Whether any Gateway is bound to an account."""
+        return bool(self._by_account)
+
+    def same_as(self, other: Bindings) -> bool:
+        """Whether both have the same Gateways, so that only namespaces may differ."""
+        return (self._gateways, self._by_account) == (other._gateways, other._by_account)
+
     def gateway(self, namespace: str, name: str) -> WaypointGateway | None:
         """One Gateway."""
         return self._gateways.get((namespace, name))

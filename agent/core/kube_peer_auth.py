@@ -13,14 +13,14 @@ A PeerAuthentication that cannot be read counts as STRICT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meshbpf.agent.core.kube_cluster import Cluster, Problems, by_age
-from meshbpf.agent.core.kube_names import SECURITY
 from meshbpf.agent.core.kube_selectors import has_all
 from meshbpf.agent.core.object_fields import ObjectError, Value
-from meshbpf.agent.core.objects import KubeObject, ObjectSet
+from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.core.policy import (
     Authorization,
     Clause,
@@ -61,15 +61,18 @@ class PeerAuthentication:
 class PeerAuthentications:
     """All of a cluster's, oldest first: of two that conflict the older one wins."""
 
-    def __init__(self, objects: ObjectSet, cluster: Cluster, problems: Problems) -> None:
+    def __init__(self, objects: Iterable[KubeObject], cluster: Cluster, problems: Problems) -> None:
         self._root = cluster.root_namespace
         self._all: list[PeerAuthentication] = []
-        for each in by_age(objects.of_kind(SECURITY, "PeerAuthentication")):
+        self._within: dict[str, list[PeerAuthentication]] = defaultdict(list)
+        for each in by_age(objects):
             try:
-                self._all.append(_read(each))
+                one = _read(each)
             except ObjectError as error:
                 problems.reject(error, each.origin, "it counts as STRICT")
-                self._all.append(PeerAuthentication(each.namespace, each.name, None, STRICT))
+                one = PeerAuthentication(each.namespace, each.name, None, STRICT)
+            self._all.append(one)
+            self._within[each.namespace].append(one)
 
     @property
     def policies(self) -> list[Authorization]:
@@ -91,10 +94,8 @@ class PeerAuthentications:
             own = next(
                 (
                     each
-                    for each in self._all
-                    if each.namespace == namespace
-                    and each.selector
-                    and has_all(each.selector, labels)
+                    for each in self._within.get(namespace, ())
+                    if each.selector and has_all(each.selector, labels)
                 ),
                 None,
             )
@@ -118,9 +119,7 @@ class PeerAuthentications:
         return own if own != UNSET else mode
 
     def _whole(self, namespace: str) -> str:
-        return next(
-            (e.mode for e in self._all if e.namespace == namespace and not e.selector), UNSET
-        )
+        return next((e.mode for e in self._within.get(namespace, ()) if not e.selector), UNSET)
 
     def _rules(self, each: PeerAuthentication) -> tuple[Rule, ...]:
         """What a workload policy with ports denies; nothing where the fixed policy says it all."""

@@ -17,9 +17,9 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import TypeVar
 
 from meshbpf.agent.core.kube_cluster import Cluster, Problems
-from meshbpf.agent.core.kube_names import DRY_RUN, SECURITY
+from meshbpf.agent.core.kube_names import DRY_RUN
 from meshbpf.agent.core.object_fields import ObjectError, Value
-from meshbpf.agent.core.objects import KubeObject, ObjectSet
+from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.core.policy import (
     Authorization,
     Clause,
@@ -59,22 +59,25 @@ class KubePolicy:
     policy: Authorization
     selector: Mapping[str, str] | None = None
 
+    @property
+    def selects(self) -> Mapping[str, str]:
+        """The labels of workloads that must name it; empty for one that holds without that."""
+        if self.policy.scope is not PolicyScope.WORKLOAD_SELECTOR:
+            return {}
+        return self.selector or {}
 
-def read_policies(objects: ObjectSet, cluster: Cluster, problems: Problems) -> list[KubePolicy]:
-    """All AuthorizationPolicies that node proxies evaluate."""
-    found: list[KubePolicy] = []
-    for each in objects.of_kind(SECURITY, "AuthorizationPolicy"):
-        try:
-            one = _policy(each, cluster, problems)
-        except ObjectError as error:
-            one = _closed(each, cluster, f"{error.field}: {error.reason}")
-            what = "it allows nothing"
-            if one.policy.action is PolicyAction.DENY:
-                what = "it denies every connection that it selects"
-            problems.reject(error, each.origin, what)
-        if one is not None:
-            found.append(one)
-    return found
+
+def read_policy(owner: KubeObject, cluster: Cluster, problems: Problems) -> KubePolicy | None:
+    """An AuthorizationPolicy as node proxies evaluate it; None for one that is not theirs."""
+    try:
+        return _policy(owner, cluster, problems)
+    except ObjectError as error:
+        closed = _closed(owner, cluster, f"{error.field}: {error.reason}")
+        what = "it allows nothing"
+        if closed.policy.action is PolicyAction.DENY:
+            what = "it denies every connection that it selects"
+        problems.reject(error, owner.origin, what)
+        return closed
 
 
 def _policy(owner: KubeObject, cluster: Cluster, problems: Problems) -> KubePolicy | None:

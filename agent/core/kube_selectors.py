@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Generic, TypeVar
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -14,24 +15,36 @@ def has_all(wanted: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     return all(labels.get(key) == value for key, value in wanted.items())
 
 
-class SelectorIndex(Generic[T]):
+class SelectorIndex(Generic[K, T]):
     """Finds whose selector means an object, by one label of each selector."""
 
-    def __init__(self, entries: Iterable[tuple[str, Mapping[str, str], T]]) -> None:
-        """Of (namespace, selector, item); those with an empty selector select nothing."""
-        self._by_label: dict[tuple[str, str, str], list[tuple[Mapping[str, str], T]]] = defaultdict(
-            list
+    def __init__(self) -> None:
+        self._by_label: dict[tuple[str, str, str], dict[K, tuple[Mapping[str, str], T]]] = (
+            defaultdict(dict)
         )
-        for namespace, wanted, item in entries:
-            if wanted:
-                key, value = next(iter(wanted.items()))
-                self._by_label[namespace, key, value].append((wanted, item))
+        self._places: dict[K, tuple[str, str, str]] = {}
+
+    def put(self, key: K, namespace: str, wanted: Mapping[str, str], item: T) -> None:
+        """Let `key` stand for this selector from now on; an empty one selects nothing."""
+        self.remove(key)
+        if wanted:
+            label, value = next(iter(wanted.items()))
+            place = self._places[key] = namespace, label, value
+            self._by_label[place][key] = wanted, item
+
+    def remove(self, key: K) -> None:
+        """Forget the selector of `key`, if there is one."""
+        place = self._places.pop(key, None)
+        if place is not None:
+            del self._by_label[place][key]
+            if not self._by_label[place]:
+                del self._by_label[place]
 
     def of(self, namespace: str, labels: Mapping[str, str]) -> list[T]:
         """The items of `namespace` that select an object with these labels."""
-        return [
-            item
-            for key, value in labels.items()
-            for wanted, item in self._by_label.get((namespace, key, value), ())
-            if has_all(wanted, labels)
-        ]
+        found: list[T] = []
+        for label, value in labels.items():
+            bucket = self._by_label.get((namespace, label, value))
+            if bucket is not None:
+                found += [item for wanted, item in bucket.values() if has_all(wanted, labels)]
+        return found

@@ -82,7 +82,7 @@ def read_service_entry(
         given = _allocated(owner, network, resolution)
     identities = _identities(fields)
     _tell_of_exports(owner, fields, problems)
-    binding = waypoints.of_service(owner)
+    binding = waypoints.of_service(owner, problems)
     template = Service(
         name=owner.name,
         namespace=owner.namespace,

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from meshbpf.agent.core.kube_cluster import Cluster, Problems, age
-from meshbpf.agent.core.kube_names import CORE, TRAFFIC_DISTRIBUTION
+from meshbpf.agent.core.kube_names import TRAFFIC_DISTRIBUTION
 from meshbpf.agent.core.kube_waypoints import Waypoints
-from meshbpf.agent.core.object_fields import ObjectError, Value
-from meshbpf.agent.core.objects import KubeObject, ObjectKey, ObjectSet
+from meshbpf.agent.core.object_fields import Value
+from meshbpf.agent.core.objects import KubeObject, ObjectKey
 from meshbpf.agent.core.service import (
     HealthPolicy,
     IPFamilies,
@@ -70,20 +70,6 @@ class KubeService:
         return self.of_entry, age(self.owner)
 
 
-def read_services(
-    objects: ObjectSet, cluster: Cluster, waypoints: Waypoints, problems: Problems
-) -> Iterable[KubeService]:
-    """All Services but the external names."""
-    namespaces = {each.name: each for each in objects.of_kind(CORE, "Namespace")}
-    for each in objects.of_kind(CORE, "Service"):
-        if each.spec.get("type") == "ExternalName":
-            continue
-        try:
-            yield _service(each, namespaces.get(each.namespace), cluster, waypoints)
-        except ObjectError as error:
-            problems.reject(error, each.origin, "the service is not in the mesh")
-
-
 def target_ports(
     services: Iterable[KubeService], named: Callable[[str], int | None], *, by_port_name: bool
 ) -> dict[NamespacedHostname, Mapping[int, int]]:
@@ -108,17 +94,24 @@ def target_ports(
     return found
 
 
-def _service(
-    owner: KubeObject, namespace: KubeObject | None, cluster: Cluster, waypoints: Waypoints
-) -> KubeService:
+def read_service(
+    owner: KubeObject,
+    namespace: KubeObject | None,
+    cluster: Cluster,
+    waypoints: Waypoints,
+    problems: Problems,
+) -> KubeService | None:
+    """One Service; None for an external name. Raises ObjectError."""
     spec = Value.spec(owner)
+    if spec.get("type").raw == "ExternalName":
+        return None
     key = cluster.service_key(owner.namespace, owner.name)
     ports = _ports(spec)
     selector = spec.get("selector").labels()
     addresses = _addresses(spec, cluster)
     balancing = _balancing(owner, spec, namespace)
     families = _families(spec)
-    binding = waypoints.of_service(owner)
+    binding = waypoints.of_service(owner, problems)
     service = Service(
         name=owner.name,
         namespace=owner.namespace,

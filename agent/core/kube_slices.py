@@ -5,19 +5,67 @@ As istiod's `endpointSlicesBuilder`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.kube_names import SERVICE_NAME
 from meshbpf.agent.core.kube_services import KubeService
 from meshbpf.agent.core.object_fields import Value
-from meshbpf.agent.core.objects import KubeObject
+from meshbpf.agent.core.objects import KubeObject, ObjectKey
 from meshbpf.agent.core.workload import (
     HealthStatus,
     NamespacedHostname,
     NetworkMode,
     Workload,
 )
+
+PodName = tuple[str, str]
+"""(namespace, name); of a Service too."""
+_NOBODY: frozenset[PodName] = frozenset()
+
+
+class Slices:
+    """Which slices a service has, and which of those that somebody wrote name a pod."""
+
+    def __init__(self) -> None:
+        self._of_service: dict[PodName, set[ObjectKey]] = defaultdict(set)
+        self._pods: dict[ObjectKey, frozenset[PodName]] = {}
+        self._naming: dict[PodName, set[ObjectKey]] = defaultdict(set)
+
+    def put(self, key: ObjectKey, old: KubeObject | None, new: KubeObject | None) -> None:
+        """Take note of whose a slice is."""
+        for each, there in ((old, False), (new, True)):
+            name = "" if each is None else each.labels.get(SERVICE_NAME, "")
+            if name and there:
+                self._of_service[key.namespace, name].add(key)
+            elif name:
+                _discard(self._of_service, (key.namespace, name), key)
+
+    def of_service(self, namespace: str, name: str) -> Iterable[ObjectKey]:
+        """All slices of a Service."""
+        return self._of_service.get((namespace, name), ())
+
+    def naming(self, namespace: str, pod: str) -> Collection[ObjectKey]:
+        """The slices that give a pod to a service without a selector."""
+        return self._naming.get((namespace, pod), ())
+
+    def name(self, key: ObjectKey, pods: Iterable[PodName]) -> frozenset[PodName]:
+        """Let a slice give these pods to its service; all that it gave before or gives now."""
+        before, now = self._pods.pop(key, _NOBODY), frozenset(pods)
+        for pod in before - now:
+            _discard(self._naming, pod, key)
+        for pod in now - before:
+            self._naming[pod].add(key)
+        if now:
+            self._pods[key] = now
+        return before | now
+
+
+def _discard(index: dict[PodName, set[ObjectKey]], name: PodName, key: ObjectKey) -> None:
+    index[name].discard(key)
+    if not index[name]:
+        del index[name]
 
 
 def slice_workloads(each: KubeObject, service: KubeService, cluster: Cluster) -> Iterator[Workload]:
@@ -52,7 +100,7 @@ def slice_workloads(each: KubeObject, service: KubeService, cluster: Cluster) ->
         )
 
 
-def slice_pods(each: KubeObject) -> Iterator[tuple[str, str]]:
+def slice_pods(each: KubeObject) -> Iterator[PodName]:
     """(namespace, name) of the pods that a slice names."""
     for item in _items(Value.of(each, "endpoints")):
         if item.get("targetRef", "kind").raw == "Pod":

@@ -7,7 +7,9 @@ of the object that bears them.
 
 from __future__ import annotations
 
-from meshbpf.agent.core.bindings import GATEWAY_API, USE_WAYPOINT, Binding, Bindings
+from collections.abc import Mapping
+
+from meshbpf.agent.core.bindings import CANARY, GATEWAY_API, USE_WAYPOINT, Binding, Bindings
 from meshbpf.agent.core.kube_cluster import Cluster, Problems
 from meshbpf.agent.core.kube_names import GATEWAY_NAME, INBOUND_BINDING
 from meshbpf.agent.core.object_fields import ObjectError, Value
@@ -21,7 +23,6 @@ class Waypoints:
     """All of a cluster's, and who uses which."""
 
     def __init__(self, objects: ObjectSet, cluster: Cluster, problems: Problems) -> None:
-        self._problems = problems
         self._tunnels: dict[tuple[str, str], ApplicationTunnel | None] = {}
         malformed = set()
         classes = {each.name: each for each in objects.of_kind(GATEWAY_API, "GatewayClass")}
@@ -39,12 +40,20 @@ class Waypoints:
             )
         self._bindings = Bindings(objects, cluster_domain=cluster.domain, network=cluster.network)
 
-    def of_service(self, service: KubeObject) -> Binding:
+    def same_as(self, other: Waypoints) -> bool:
+        """Whether both are the same for all objects of a namespace that is the same."""
+        return self._tunnels == other._tunnels and self._bindings.same_as(other._bindings)
+
+    def may_bind(self, namespace_labels: Mapping[str, str]) -> bool:
+        """Whether objects can be bound that do not say so themselves, by these or by account."""
+        return self._bindings.by_account or asks_for_waypoint(namespace_labels)
+
+    def of_service(self, service: KubeObject, problems: Problems) -> Binding:
         """What stands before a service."""
-        return self._told(service, self._bindings.of_service(service), "metadata")
+        return _told(service, self._bindings.of_service(service), problems, "metadata")
 
     def of_workload(
-        self, workload: KubeObject, account: str, labels_at: str = "metadata"
+        self, workload: KubeObject, account: str, problems: Problems, labels_at: str = "metadata"
     ) -> Binding | None:
         """What stands before a workload; None for one that is a waypoint's own.
 
@@ -52,7 +61,7 @@ class Waypoints:
         """
         if self._instance_of(workload) in self._tunnels:
             return None
-        return self._told(workload, self._bindings.of_workload(workload, account), labels_at)
+        return _told(workload, self._bindings.of_workload(workload, account), problems, labels_at)
 
     def tunnel_of(self, workload: KubeObject) -> ApplicationTunnel | None:
         """How a waypoint's own workload wants its connections."""
@@ -62,11 +71,16 @@ class Waypoints:
     def _instance_of(workload: KubeObject) -> tuple[str, str]:
         return workload.namespace, workload.labels.get(GATEWAY_NAME, "")
 
-    def _told(self, about: KubeObject, binding: Binding, labels_at: str) -> Binding:
-        if binding.ignored:
-            field = f"{labels_at}.labels[{USE_WAYPOINT}]"
-            self._problems.note(about, field, binding.why, _UNBOUND)
-        return binding
+
+def asks_for_waypoint(labels: Mapping[str, str]) -> bool:
+    """Whether the labels of an object or Namespace have to do with waypoints at all."""
+    return any(each in labels for each in (USE_WAYPOINT, CANARY, GATEWAY_NAME))
+
+
+def _told(about: KubeObject, binding: Binding, problems: Problems, labels_at: str) -> Binding:
+    if binding.ignored:
+        problems.note(about, f"{labels_at}.labels[{USE_WAYPOINT}]", binding.why, _UNBOUND)
+    return binding
 
 
 def _check(gateway: KubeObject) -> None:

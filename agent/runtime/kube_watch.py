@@ -18,7 +18,7 @@ The rules of the API's conventions, and what goes wrong in practice:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,14 @@ class Watcher:
         self,
         api: KubeApi,
         kind: Kind,
-        changed: Callable[[], None],
+        changed: Callable[[Iterable[ObjectKey]], None],
         *,
         rng: random.Random | None = None,
     ) -> None:
+        """`changed` is told of objects that are new, other or gone, and once of a list without."""
         self._api = api
-        self._kind = kind
+        self.kind = kind
+        """What is followed."""
         self._changed = changed
         self._rng = rng or random.Random()  # noqa: S311 (spreads pauses)
         self._version = ""
@@ -122,7 +124,7 @@ class Watcher:
                     await self._list()
                 await self._watch()
             except _GoneError:
-                log.info("too old to go on from, listing anew", kind=self._kind.plural)
+                log.info("too old to go on from, listing anew", kind=self.kind.plural)
                 self._version = ""
                 await trio.sleep(self._rng.uniform(0, GONE_SPREAD_S))
             except MeshbpfError as error:
@@ -135,7 +137,7 @@ class Watcher:
 
     async def _list(self) -> None:
         found: dict[ObjectKey, KubeObject] = {}
-        query = {"limit": str(PAGE)} | self._kind.selectors
+        query = {"limit": str(PAGE)} | self.kind.selectors
         more = version = ""
         while True:
             page = await self._page(query | ({"continue": more} if more else {}))
@@ -146,15 +148,16 @@ class Watcher:
             if not more:
                 break
         self.relists += 1
+        changed = _differences(self.objects, found)
         self.objects = found
         self._version = version
         self._well()
         self.synced.set()
-        self._changed()
+        self._changed(changed)
 
     async def _page(self, query: dict[str, str]) -> _List:
         try:
-            body = await self._api.get(self._kind.path, **query)
+            body = await self._api.get(self.kind.path, **query)
         except KubeError as error:
             if error.status == 410:  # the list took longer than its version lasts
                 raise _GoneError from error
@@ -162,7 +165,7 @@ class Watcher:
         try:
             return msgspec.json.decode(body, type=_List)
         except msgspec.DecodeError as error:
-            what = f"{self._api.origin}{self._kind.path}: {error}"
+            what = f"{self._api.origin}{self.kind.path}: {error}"
             raise KubeError("bad-answer", what) from error
 
     async def _watch(self) -> None:
@@ -170,12 +173,12 @@ class Watcher:
             "resourceVersion": self._version,
             "allowWatchBookmarks": "true",
             "timeoutSeconds": str(self._rng.randint(*WATCH_S)),
-        } | self._kind.selectors
+        } | self.kind.selectors
         before = self.events
         try:
             with trio.CancelScope() as alive:
                 alive.deadline = trio.current_time() + SILENCE_S
-                async with self._api.watch(self._kind.path, **query) as answer:
+                async with self._api.watch(self.kind.path, **query) as answer:
                     self._well()
                     async for line in answer:
                         alive.deadline = trio.current_time() + SILENCE_S
@@ -192,11 +195,11 @@ class Watcher:
         try:
             event = msgspec.json.decode(line, type=_Event)
         except msgspec.DecodeError as error:
-            raise KubeError("bad-answer", f"an event of {self._kind.plural}: {error}") from error
+            raise KubeError("bad-answer", f"an event of {self.kind.plural}: {error}") from error
         if event.type == "ERROR":
             if event.object.get("code") == 410:
                 raise _GoneError
-            what = f"watch of {self._kind.plural}: {event.object.get('message')}"
+            what = f"watch of {self.kind.plural}: {event.object.get('message')}"
             raise KubeError("refused", what, int(event.object.get("code") or 0))
         self.events += 1
         self._backoff.reset()
@@ -219,36 +222,49 @@ class Watcher:
             return  # again
         else:
             self.objects[each.key] = each
-        self._changed()
+        self._changed((each.key,))
 
     def _object(self, body: dict[str, Any]) -> KubeObject:
         """Lists leave kind and version out; who manages which field nobody here asks."""
         metadata = body.get("metadata")
         if not isinstance(metadata, dict) or not isinstance(metadata.get("name"), str):
-            raise KubeError("bad-answer", f"an object of {self._kind.plural} without a name")
+            raise KubeError("bad-answer", f"an object of {self.kind.plural} without a name")
         metadata.pop("managedFields", None)
-        kind = self._kind
+        kind = self.kind
         namespace = str(metadata.get("namespace") or "")
         key = ObjectKey(kind.group, kind.kind, namespace, metadata["name"])
         return KubeObject(key, kind.version, body)
 
     def _absent(self) -> None:
         if not self.synced.is_set() or self.objects or self.error:
-            log.info("the cluster does not have this kind", kind=self._kind.plural)
-            self.objects, self._version, self.error = {}, "", None
+            log.info("the cluster does not have this kind", kind=self.kind.plural)
+            gone, self.objects = self.objects, {}
+            self._version, self.error = "", None
             self.synced.set()
-            self._changed()
+            self._changed(gone)
 
     def _well(self) -> None:
         if self.error is not None:
-            log.info("API server answers again", kind=self._kind.plural)
+            log.info("API server answers again", kind=self.kind.plural)
         self.error = None
         self._backoff.reset()
 
     def _complain(self, error: MeshbpfError) -> None:
         if self.error is None or self.error.what != error.what:
-            log.warning("API server cannot be followed", kind=self._kind.plural, cause=error)
+            log.warning("API server cannot be followed", kind=self.kind.plural, cause=error)
         self.error = error
+
+
+def _differences(
+    before: dict[ObjectKey, KubeObject], now: dict[ObjectKey, KubeObject]
+) -> list[ObjectKey]:
+    """What a new list says otherwise than the objects that were held."""
+    found = [key for key in before if key not in now]
+    for key, each in now.items():
+        held = before.get(key)
+        if held is None or not _version(each) or _version(held) != _version(each):
+            found.append(key)
+    return found
 
 
 def _version(each: KubeObject) -> str:

@@ -2,7 +2,8 @@
 
 The same translation as of a directory of manifests (core/kube_mesh.py), fed
 by watches. The first state is put into force once every kind was listed
-whole: part of a cluster would be a mesh with holes. While the API server
+whole: part of a cluster would be a mesh with holes. From then on what changed
+is translated, and goes to the mesh as a change. While the API server
 cannot be reached the last state stays, and the source counts as ill once that
 has lasted GRACE_S, so that the kernel's lease is not extended for ever.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from types import MappingProxyType
 from typing import Literal
 
 import msgspec
@@ -61,6 +61,11 @@ class KubernetesSource:
         self._cluster = ClusterState(cluster)
         self._stirred = trio.Event()
         self._watchers = [Watcher(api, kind, self._stir) for kind in (*map(followed, KINDS), *more)]
+        self._followed = {(each.kind.group, each.kind.kind): each for each in self._watchers}
+        self._changed: dict[ObjectKey, None] = {}
+        """What the watches have told of, and is not translated yet."""
+        self._in_step = False
+        """The mesh has the state that the last translation gave."""
         self._problems: tuple[Problem, ...] = ()
         self._loads = self._refused = 0
         self._well_at: float | None = None
@@ -111,9 +116,9 @@ class KubernetesSource:
 
     async def find_pod(self, namespace: str, name: str) -> KubeObject | None:
         """One Pod, asked for where the watch does not have it yet. Raises KubeError."""
-        held = None if self.objects is None else self.objects.get(CORE, "Pod", namespace, name)
-        for watcher in self._watchers:
-            held = watcher.objects.get(ObjectKey(CORE, "Pod", namespace, name)) or held
+        held = self._held(ObjectKey(CORE, "Pod", namespace, name))
+        if held is None and self.objects is not None:
+            held = self.objects.get(CORE, "Pod", namespace, name)
         if held is not None:
             return held
         try:
@@ -159,18 +164,25 @@ class KubernetesSource:
                     return
 
     async def _put(self, mesh: MeshWriter) -> bool:
-        objects = self._all()
+        changes = {key: self._held(key) for key in self._changed}
+        self._changed = {}
         read_at = self._now()
+        standing = await trio.to_thread.run_sync(self._cluster.change, changes)
+        # Whoever reads other kinds does it as a part of `apply`.
+        self.objects = standing.objects
+        # What was refused, or cut off, is offered again with all that came since.
+        in_step, self._in_step = self._in_step, False
         try:
-            standing = await trio.to_thread.run_sync(self._cluster.update, objects)
-            # Whoever reads other kinds does it as a part of `apply`.
-            self.objects = standing.objects
-            await mesh.apply(standing.translation.state)
+            if in_step:
+                await mesh.apply_delta(standing.delta)
+            else:
+                await mesh.apply(standing.translation.state)
         except MeshbpfError as error:
             self._refused += 1
             self.error = error
             log.error("mesh state refused, the last good one stays", cause=error)
             return False
+        self._in_step = True
         new = set(standing.problems).difference(self._problems)
         for problem in list(new)[:TOLD_MOST]:
             log.warning("object of the cluster", problem=problem)
@@ -179,14 +191,15 @@ class KubernetesSource:
         self.loaded_at, self.error = read_at, None
         return True
 
-    def _all(self) -> ObjectSet:
-        found: dict[ObjectKey, KubeObject] = {}
-        for watcher in self._watchers:
-            found |= watcher.objects
-        return ObjectSet(MappingProxyType(found))
+    def _held(self, key: ObjectKey) -> KubeObject | None:
+        """An object as its watch has it now."""
+        return self._followed[key.group, key.kind].objects.get(key)
 
-    def _stir(self) -> None:
-        self._stirred.set()
+    def _stir(self, changed: Iterable[ObjectKey]) -> None:
+        keys = dict.fromkeys(changed)
+        if keys:  # a new list may say nothing new
+            self._changed.update(keys)
+            self._stirred.set()
 
     def _unreachable(self) -> MeshbpfError | None:
         return next((each.error for each in self._watchers if each.error is not None), None)

@@ -20,6 +20,7 @@ from meshbpf.agent.core import ca
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.core.kube_cluster import Cluster
 from meshbpf.agent.core.state import MeshDelta, MeshState
+from meshbpf.agent.core.store import Snapshot
 from meshbpf.agent.core.workload import TunnelProtocol
 from meshbpf.agent.runtime import kube_config
 from meshbpf.agent.runtime.certs import utc_now
@@ -72,7 +73,10 @@ class Mesh:
         self.states.append(state)
 
     async def apply_delta(self, delta: MeshDelta) -> None:
-        raise AssertionError(delta)
+        mesh = Snapshot.EMPTY.after(MeshDelta.whole(self.states[-1]), 1).after(delta, 2)
+        self.states.append(
+            MeshState(tuple(mesh.workloads), tuple(mesh.services), tuple(mesh.policies))
+        )
 
     def names(self) -> list[str]:
         return sorted(each.name for each in self.states[-1].workloads)

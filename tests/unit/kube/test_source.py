@@ -47,6 +47,7 @@ class Mesh:
 
     def __init__(self) -> None:
         self.states: list[MeshState] = []
+        self.deltas: list[MeshDelta] = []
         self.refuses = False
 
     async def apply(self, state: MeshState) -> None:
@@ -55,7 +56,13 @@ class Mesh:
         self.states.append(state)
 
     async def apply_delta(self, delta: MeshDelta) -> None:
-        raise AssertionError(delta)
+        if self.refuses:
+            raise MeshbpfError("map-full", "too many destinations")
+        self.deltas.append(delta)
+        mesh = Snapshot.EMPTY.after(MeshDelta.whole(self.states[-1]), 1).after(delta, 2)
+        self.states.append(
+            MeshState(tuple(mesh.workloads), tuple(mesh.services), tuple(mesh.policies))
+        )
 
     @property
     def state(self) -> MeshState:
@@ -99,6 +106,23 @@ async def test_the_first_state_is_whole_and_later_ones_follow(tmp_path: Path) ->
         await until(lambda: not mesh.state.policies)
 
 
+async def test_what_changes_goes_to_the_mesh_as_a_change(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as (server, source, mesh):
+        assert (len(mesh.states), mesh.deltas) == (1, [])
+        server.take("Pod", NAMESPACE, "b")
+        await until(lambda: mesh.deltas)
+        (delta,) = mesh.deltas
+        assert list(delta.removed_workloads) == ["Kubernetes//Pod/apps/b"]
+        assert len(delta) == 1
+        server.compact()
+        server.end_watches()
+        server.put(DENY)
+        await until(lambda: mesh.state.policies)
+        assert [len(each) for each in mesh.deltas] == [1, 1]  # lists anew say what they said
+        assert source.objects is not None
+        assert source.objects.get("", "Pod", NAMESPACE, "b") is None
+
+
 async def test_a_burst_of_changes_is_few_states(tmp_path: Path) -> None:
     async with cluster(tmp_path) as (server, _source, mesh):
         before = len(mesh.states)
@@ -132,6 +156,10 @@ async def test_a_state_that_is_refused_is_told_and_the_next_one_offered(tmp_path
         server.take("Pod", NAMESPACE, "x")
         await until(lambda: mesh.names() == ["a"])
         assert source.error is None
+        assert mesh.deltas == []  # what was refused is a part of the whole that was taken
+        server.put(pod_object(B))
+        await until(lambda: mesh.names() == ["a", "b"])
+        assert [len(each) for each in mesh.deltas] == [1]
 
 
 async def test_the_source_is_ill_once_the_server_is_away_for_longer_than_the_grace(
