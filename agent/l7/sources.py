@@ -39,8 +39,8 @@ class Scope:
         """Whether a policy's targetRef, of an object in `namespace`, means this destination.
 
         Gateway: by name, in the Gateway's namespace. GatewayClass: the
-        Gateway's, for objects of the root namespace. Service: by name, in the
-        service's namespace.
+        Gateway's, for objects of the root namespace. Service and ServiceEntry:
+        by name, in the service's namespace.
         """
         if not isinstance(ref, dict):
             return False
@@ -55,8 +55,16 @@ class Scope:
             )
         if kind in ("Service", "ServiceEntry") and self.service is not None:
             own_service = self.service
+            if kind != _kind_of(own_service):
+                return False
             return place == namespace == own_service.namespace and name == own_service.name
         return False
+
+
+def _kind_of(service: Service) -> str:
+    """Mesh state has no kinds, but a Service has its name in a hostname of the cluster's."""
+    own = service.hostname.startswith(f"{service.name}.{service.namespace}.svc.")
+    return "Service" if own else "ServiceEntry"
 
 
 FilterSource = Callable[[Scope], tuple[list[Filter], list[Problem]]]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from meshbpf.agent.core.objects import KubeObject
+from meshbpf.agent.core.service import Service
 from meshbpf.agent.l7.authz.filter import AUDITED, REHEARSED, AuthorizationFilter
 from meshbpf.agent.l7.authz.parse import parse_policy
 from meshbpf.agent.l7.authz.source import authorization
@@ -92,6 +93,14 @@ def test_policies_of_the_gateway_and_its_class_hold_for_each_service_and_pod() -
 )
 def test_policies_for_others_do_not_hold_here(targets: Any, namespace: str) -> None:
     assert passes(policy(targets=targets, namespace=namespace))
+
+
+def test_a_policy_is_for_a_service_or_a_service_entry_of_its_name_and_not_for_both() -> None:
+    entry = {**ECHO, "kind": "ServiceEntry", "group": "networking.istio.io"}
+    outside = Service(name="echo", namespace="shop", hostname="echo.example.com")
+    assert not passes(policy(targets=[entry]), service=outside)
+    assert passes(policy(targets=[entry]))
+    assert passes(policy(targets=[ECHO]), service=outside)
 
 
 def test_a_policy_with_a_selector_is_the_node_proxies_own() -> None:
