@@ -22,7 +22,6 @@ from meshbpf.agent.l7.deployment import CLASS, Template, is_ours
 from meshbpf.agent.l7.kinds import KINDS
 from meshbpf.agent.l7.planner import ROUTE_KINDS, Planner
 from meshbpf.agent.l7.problem import Problem
-from meshbpf.agent.l7.rate_limit import GROUP as OWN_GROUP
 from meshbpf.agent.l7.references import GATEWAY_API
 from meshbpf.agent.l7.status import (
     Deployed,
@@ -35,12 +34,7 @@ from meshbpf.agent.l7.status import (
 _AUTHORIZATION = ("security.istio.io", "AuthorizationPolicy")
 POLICY_KINDS = (
     _AUTHORIZATION,
-    *(
-        (group, kind)
-        for group, _version, kind in KINDS
-        # Our own kind has no status.
-        if group not in (GATEWAY_API, OWN_GROUP)
-    ),
+    *((group, kind) for group, _version, kind in KINDS if group != GATEWAY_API),
 )
 """What is attached by targetRefs, and has a status: (group, kind)."""
 

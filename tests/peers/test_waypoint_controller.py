@@ -17,9 +17,9 @@ from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.runtime.kubernetes import plural
 from tests.peers.kube_apiserver import KubeApiServer, api_server, free_ports, missing
 from tests.peers.test_waypoint_kubernetes import BUILT_IN, is_ready
-from tests.progs.chart import RBAC, controller_rules, rules
+from tests.progs.chart import RBAC, controller_rules, definitions, rules
 from tests.progs.chart import WAYPOINT_ROLE as ROLE
-from tests.progs.program import eventually
+from tests.progs.program import BedError, eventually
 from tests.testbed import MESHBPF
 from tests.waypoint.bed import an_object, route, to
 
@@ -33,8 +33,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeApiServer]:
     if reason := missing():
         pytest.skip(reason)
     with api_server(tmp_path_factory.mktemp("kube")) as server:
+        server.apply(*definitions())
         for group, version, kind in (*KINDS, *L7_KINDS):
-            if group not in BUILT_IN:
+            if group not in BUILT_IN and kind != "RateLimit":
                 server.add_kind(group, kind, plural(kind), version, status=True)
         server.grant("controller", controller_rules())
         role = an_object("ClusterRole", ROLE, group=RBAC, namespace="", rules=rules("waypoint"))
@@ -189,11 +190,21 @@ def test_a_gateway_becomes_a_waypoint_and_routes_and_policies_are_judged(
     group = "security.istio.io"
     server.apply(an_object("AuthorizationPolicy", "denied", group=group, spec=policy))
 
-    def judged() -> dict[str, tuple[str, str]]:
-        return conditions(get(server, "authorizationpolicy", "denied").get("status", {}))
+    def judged(kind: str, name: str) -> dict[str, tuple[str, str]]:
+        return conditions(get(server, kind, name).get("status", {}))
 
-    eventually("the policy is judged", lambda: bool(judged()), 10.0)
-    assert "meshbpf.io/WaypointAccepted" in judged()
+    eventually("the policy is judged", lambda: bool(judged("authorizationpolicy", "denied")), 10.0)
+    assert "meshbpf.io/WaypointAccepted" in judged("authorizationpolicy", "denied")
+
+    def limit(per: str) -> dict[str, Any]:
+        spec = {"requests": 5, "per": per, "targetRefs": targets}
+        return an_object("RateLimit", "few", group="meshbpf.io", version="v1alpha1", spec=spec)
+
+    with pytest.raises(BedError, match="Fortnight"):
+        server.apply(limit("Fortnight"))
+    server.apply(limit("Minute"))
+    eventually("the limit is judged", lambda: bool(judged("ratelimit", "few")), 10.0)
+    assert judged("ratelimit", "few")["meshbpf.io/WaypointAccepted"][0] == "True"
 
 
 def test_what_somebody_changes_or_deletes_is_put_back(

@@ -21,6 +21,12 @@ def rules(name: str) -> list[dict[str, Any]]:
     return found
 
 
+def definitions() -> list[dict[str, Any]]:
+    """The kinds that the chart brings."""
+    files = sorted((CHART / "crds").glob("*.yaml"))
+    return [each for file in files for each in yaml.safe_load_all(file.read_text())]
+
+
 def controller_rules() -> list[dict[str, Any]]:
     """All that the controller may do, with what its own namespace's Role adds."""
     leases = {

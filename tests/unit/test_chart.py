@@ -7,14 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 import meshbpf
 from meshbpf.agent.config_keys import KEYS
 from meshbpf.agent.core.kube_mesh import KINDS
+from meshbpf.agent.core.objects import KubeObject, ObjectKey
 from meshbpf.agent.l7.kinds import KINDS as L7_KINDS
 from meshbpf.agent.l7.oversight import POLICY_KINDS
 from meshbpf.agent.l7.planner import ROUTE_KINDS
+from meshbpf.agent.l7.problem import ObjectError
+from meshbpf.agent.l7.rate_limit import read_rate_limit
 from meshbpf.agent.runtime.kubernetes import plural
 from tests.progs import chart
 from tests.progs.chart import CHART
@@ -113,6 +117,38 @@ def test_the_daemonset_gives_run_options_that_it_has() -> None:
     options = set(re.findall(r"- (--[a-z-]+)", agent))
     assert options <= {key.option for key in KEYS}
     assert {"--kubernetes", "--node", "--state-dir", "--ca-dir"} <= options
+
+
+def test_the_definition_of_a_rate_limit_has_the_fields_that_are_read() -> None:
+    definition = yaml.safe_load((CHART / "crds" / "ratelimits.yaml").read_text())["spec"]
+    (version,) = definition["versions"]
+    read = next(each for each in L7_KINDS if each[0] == definition["group"])
+    assert read == (definition["group"], version["name"], definition["names"]["kind"])
+    assert plural(read[2]) == definition["names"]["plural"]
+    spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    good = {
+        name: field["enum"] if "enum" in field else [field.get("minimum"), field.get("maximum")]
+        for name, field in spec["properties"].items()
+        if name != "targetRefs"
+    }
+    for name, values in good.items():
+        for value in values:
+            read_rate_limit(rate_limit({"requests": 5, name: value}), {})
+        bad = 0 if isinstance(values[0], int) else "Fortnight"
+        with pytest.raises(ObjectError, match=name):
+            read_rate_limit(rate_limit({"requests": 5, name: bad}), {})
+    with pytest.raises(ObjectError):
+        read_rate_limit(rate_limit({"unknown": 1, "requests": 5}), {})
+    for missing in spec["required"]:
+        with pytest.raises(ObjectError, match=missing):
+            read_rate_limit(
+                rate_limit({name: good[name][0] for name in good if name != missing}), {}
+            )
+
+
+def rate_limit(spec: dict[str, Any]) -> KubeObject:
+    key = ObjectKey("meshbpf.io", "RateLimit", "shop", "few")
+    return KubeObject(key, "v1alpha1", {"spec": spec})
 
 
 def test_the_chart_is_of_this_version() -> None:
