@@ -177,7 +177,7 @@ class Outbound:
         self, app: socket.socket, live: LiveConnection, workload: Workload, route: HboneRoute
     ) -> None:
         # A second tunnel comes first in a stream that holds one.
-        early = None if route.inner is not None else _SaidAlready(app)
+        early = None if route.inner is not None else SaidAlready(app)
         stream = await self._ask(live, workload, route, early)
         live.sent.total += 0 if early is None else early.taken
         try:
@@ -200,7 +200,7 @@ class Outbound:
         live: LiveConnection,
         workload: Workload,
         route: HboneRoute,
-        early: _SaidAlready | None,
+        early: SaidAlready | None,
     ) -> TunnelStream:
         """A stream of a pooled tunnel that was answered 200.
 
@@ -330,8 +330,11 @@ class Outbound:
         return min(own, key=int, default=source)
 
 
-class _SaidAlready:
-    """What the app has sent by now, taken once and kept for a second try. An `Early`."""
+class SaidAlready:
+    """What the app has sent by now, taken once and kept for a second try. An `Early`.
+
+    Its end shows itself again to the relay; that it broke would not, and is raised.
+    """
 
     def __init__(self, app: socket.socket) -> None:
         self._app = app
@@ -343,11 +346,12 @@ class _SaidAlready:
         return len(self._data or b"")
 
     def __call__(self, room: int) -> bytes:
+        """At most `room` bytes. DialError when more were taken before than there is room for."""
         if self._data is None:
             try:
                 self._data = self._app.recv(min(room, EARLY_BYTES)) if room else b""
-            except OSError:
-                self._data = b""  # nothing yet; or an end or an error, for the relay to meet
+            except BlockingIOError:
+                self._data = b""
         if len(self._data) > room:
             raise DialError(
                 "tunnel-busy", f"a second tunnel has no room for {len(self._data)} bytes at once"

@@ -167,7 +167,7 @@ class Tunnel:
             room = min(self.send_budget(stream), self.max_frame_bytes)
             try:
                 data = early(max(room, 0))
-            except MeshbpfError:
+            except (MeshbpfError, OSError):
                 self.reset_stream(stream, ErrorCodes.CANCEL)
                 raise
             if data:

@@ -6,6 +6,7 @@ import gc
 import os
 import resource
 import socket
+import struct
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -16,7 +17,8 @@ from OpenSSL import SSL
 
 from meshbpf.agent.core.tuning import Tuning
 from meshbpf.agent.runtime import tunnel as tunnel_module
-from meshbpf.agent.runtime.outbound import EARLY_BYTES
+from meshbpf.agent.runtime.outbound import EARLY_BYTES, SaidAlready
+from meshbpf.agent.runtime.sockets import DialError
 from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tunnel import Tunnel
 from tests.unit.forwarder.rig import (
@@ -29,6 +31,7 @@ from tests.unit.forwarder.rig import (
     Rig,
     expect_reset,
     read_all,
+    reset,
 )
 
 pytestmark = pytest.mark.root
@@ -196,6 +199,45 @@ async def test_what_went_into_a_dead_tunnel_is_said_again(
             await client.send_eof()
             assert await read_all(app) == b"only once"
     assert rig.client.pod.pool.statistics().dialed == 2
+
+
+async def test_a_client_that_broke_off_before_its_question_was_asked_is_reset(rig: Rig) -> None:
+    async with rig.listen() as listener:
+        await exchange(rig, listener)
+        reset(_dialed_and_said(rig, b"never mind"))
+        with trio.move_on_after(0.2) as waited:
+            await listener.accept()
+        assert waited.cancelled_caught, "the app hears nothing of it"
+        await settled(lambda: not rig.server.connections.list())
+        await exchange(rig, listener)
+
+
+def test_what_a_socket_said_is_taken_once_and_its_end_and_break_are_left_to_be_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def pair() -> tuple[socket.socket, socket.socket]:
+            far = socket.create_connection(server.getsockname())
+            near, _ = server.accept()
+            near.setblocking(False)
+            return far, near
+
+        far, near = pair()
+        with far, near:
+            assert SaidAlready(near)(100) == b""
+            far.sendall(b"hello")
+            said = SaidAlready(near)
+            assert (said(3), said.taken, near.recv(9)) == (b"hel", 3, b"lo")
+            assert said(3) == b"hel"
+            with pytest.raises(DialError):
+                said(2)
+            far.shutdown(socket.SHUT_WR)
+            assert SaidAlready(near)(100) == near.recv(9) == b""
+        far, near = pair()
+        with near:
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            far.close()
+            with pytest.raises(ConnectionResetError):
+                SaidAlready(near)(100)
 
 
 async def test_what_was_said_to_a_peer_that_refuses_goes_nowhere(rig: Rig) -> None:
