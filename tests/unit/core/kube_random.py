@@ -14,6 +14,14 @@ SPACES = ("a", "b", "istio-system")
 NAMES = ("s0", "s1", "wp")
 GATEWAYS = "gateway.networking.k8s.io"
 ISTIO = "networking.istio.io"
+HOSTS = (
+    "api.example",
+    "b.example",
+    "*.w.example",
+    "s0.a.svc.cluster.local",
+    "s1.b.svc.cluster.local",
+)
+AUTO_ALLOCATE = "networking.istio.io/enable-autoallocate-ip"
 SECURITY = "security.istio.io"
 KINDS = (
     ("", "Namespace"),
@@ -36,8 +44,10 @@ _TIMES = (None, "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z")
 class Objects:
     """Draws changes."""
 
-    def __init__(self, rng: Random) -> None:
+    def __init__(self, rng: Random, bad: float = 0.1) -> None:
+        """`bad` is the share of fields, of some, that cannot be read."""
         self._rng = rng
+        self._bad_share = bad
 
     def changes(self) -> dict[ObjectKey, KubeObject | None]:
         """One to four objects that are new, other or gone."""
@@ -67,9 +77,9 @@ class Objects:
     def _some(self, chance: float, value: dict[str, Any]) -> dict[str, Any]:
         return value if self._rng.random() < chance else {}
 
-    def _bad(self, value: Any) -> Any:
+    def _bad(self, value: Any, instead: Any = 7) -> Any:
         """Now and then what cannot be read."""
-        return [7] if self._rng.random() < 0.07 else value
+        return instead if self._rng.random() < self._bad_share else value
 
     def _use(self, chance: float = 0.3) -> dict[str, str]:
         found = self._some(
@@ -102,10 +112,11 @@ class Objects:
         port = {
             "name": self._rng.choice(("http", "web")),
             "containerPort": self._bad(8080 + number),
+            "protocol": "TCP",
         }
         spec = {
             "nodeName": self._rng.choice(("n0", "n1")),
-            "serviceAccountName": self._rng.choice(("default", "web", "a b")),
+            "serviceAccountName": self._bad(self._rng.choice(("default", "web")), "a b"),
             "containers": [{"ports": [port]}],
         } | self._some(0.1, {"hostNetwork": True})
         address = {"podIP": self._bad(f"198.18.0.{number}")}
@@ -162,33 +173,61 @@ class Objects:
         }
 
     def _serviceentry(self) -> dict[str, Any]:
-        names = ("api.example", "b.example", "s0.a.svc.cluster.local", "s1.b.svc.cluster.local")
+        resolution = self._rng.choice(("STATIC", "STATIC", "DNS", "DNS_ROUND_ROBIN", "NONE"))
+        if self._rng.random() < 0.1:
+            resolution = "DYNAMIC_DNS"
+        static, by_name = resolution == "STATIC", resolution in ("DNS", "DNS_ROUND_ROBIN")
+        way: dict[str, Any] = {}
+        if (static or resolution == "DNS") and self._rng.random() < 0.5:
+            way["endpoints"] = [self._endpoint(n) for n in range(self._rng.randint(1, 2))]
+        elif static and self._rng.random() < 0.7:
+            way["workloadSelector"] = {"labels": self._selector()}
+        elif by_name and self._rng.random() < 0.2:
+            way["endpoints"] = [{"address": "x.example"}]
+        names = [each for each in HOSTS if "*" not in each or "endpoints" in way or not by_name]
         hosts = self._rng.sample(names, self._rng.randint(1, 2))
-        entry = {"address": self._rng.choice(("198.51.100.1", "198.51.100.2"))}
-        entry |= {"labels": self._use(), "ports": self._some(0.3, {"http": 9090})}
-        way = self._rng.choice(
-            (
-                {"endpoints": [entry]},
-                {"endpoints": [entry, {"address": "198.51.100.3"}]},
-                {"workloadSelector": {"labels": self._selector()}},
-                {},
-            )
+        addresses = self._rng.choice(
+            (["198.19.0.9"], ["198.19.0.9", "fd00:6d62::9"], ["198.20.0.7/16"] if static else [])
         )
-        spec = {
-            "hosts": hosts,
-            "addresses": [self._bad("198.19.0.9")],
-            "ports": [{"number": 80, "name": self._rng.choice(("http", "web"))}],
-            "resolution": self._rng.choice(("STATIC", "DNS")),
+        if resolution == "DYNAMIC_DNS":
+            hosts, addresses = ["*.w.example"], []
+        port = {"number": 80, "name": "http", "protocol": self._rng.choice(("HTTP", "TCP"))}
+        other = {"number": 443, "name": "web", "protocol": "TLS", "targetPort": self._bad(8443)}
+        spec = {"hosts": hosts, "ports": [port, other], "resolution": resolution} | way
+        spec |= self._some(0.4, {"addresses": [self._bad(each) for each in addresses]})
+        spec |= self._some(0.3, {"subjectAltNames": ["spiffe://cluster.local/ns/a/sa/api"]})
+        spec |= self._some(0.2, {"exportTo": ["."]}) | self._some(
+            0.2, {"location": "MESH_INTERNAL"}
+        )
+        labels = self._labels() | self._some(0.1, {AUTO_ALLOCATE: "false"})
+        given = [{"value": f"240.240.0.{n}", "host": each} for n, each in enumerate(HOSTS, 1)]
+        return {
+            "metadata": {"labels": labels},
+            "spec": spec,
+            "status": self._some(0.6, {"addresses": given}),
         }
-        return {"metadata": {"labels": self._labels()}, "spec": spec | way}
+
+    def _endpoint(self, number: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"address": f"198.51.100.{number + 1}"}
+        found |= self._some(0.4, {"labels": self._labels()})
+        found |= self._some(0.3, {"ports": {"http": 9090}})
+        found |= self._some(0.2, {"locality": self._rng.choice(("eu", "eu/z", "eu/z/s"))})
+        found |= self._some(0.2, {"weight": 5})
+        return found | self._some(0.4, {"serviceAccount": self._bad("api", "a b")})
 
     def _workloadentry(self) -> dict[str, Any]:
-        spec = {
-            "address": self._bad(self._rng.choice(("198.51.100.9", "vm.example"))),
-            "labels": self._some(0.5, {"tier": "front", "app": "x"}),
-            "serviceAccount": self._rng.choice(("web", "default", "a b")),
-        } | self._some(0.3, {"ports": {"http": 7070}})
-        return {"metadata": {"labels": self._some(0.7, self._labels())}, "spec": spec}
+        address = self._rng.choice(("198.51.100.9", "vm.example", "fd00:6d62::5"))
+        spec: dict[str, Any] = {"address": self._bad(address)}
+        spec |= self._some(0.5, {"labels": {"tier": "front", "app": self._rng.choice(_APPS)}})
+        spec |= self._some(0.4, {"ports": self._rng.choice(({"http": 7070}, {"web": 7071}))})
+        spec |= self._some(0.2, {"network": "n2"}) | self._some(0.2, {"weight": 3})
+        spec |= self._some(0.2, {"locality": "eu/z/s/x"})
+        spec |= self._some(0.6, {"serviceAccount": self._bad("web", "a b")})
+        group = {"istio.io/autoRegistrationGroup": "group"}
+        annotations = self._some(0.1, group)
+        annotations |= self._some(0.1, {"ambient.istio.io/redirection": "enabled"})
+        labels = self._labels() if self._rng.random() < 0.8 or "labels" not in spec else {}
+        return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
 
     def _authorizationpolicy(self) -> dict[str, Any]:
         ports = [self._bad(str(self._rng.randint(80, 82)))]

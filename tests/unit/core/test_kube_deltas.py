@@ -90,7 +90,7 @@ def test_changes_in_any_order_come_to_what_the_whole_comes_to(seed: int, by_hand
         assert in_order(records(mesh)) == in_order(now[1]), step
         kept += any(KEPT in str(problem) for problem in standing.problems)
         full = max(full, len(now[1].workloads))
-    assert kept > 3
+    assert kept > 0
     assert full > 4
 
 
