@@ -167,6 +167,9 @@ class Balancer:
             return Refused(f"{service} does not say what port {port} is", "unknown-port")
         if workload.network != own.network:
             return Refused(f"{workload} is on network {workload.network!r}", "other-network")
+        if not workload.addresses:
+            what = f"{workload} is known by its name {workload.hostname!r} alone"
+            return Refused(f"{what}, which a waypoint does not look up", "no-address")
         lookup = Lookup(NO_NAMES, self._rng)
         wanted = _family_of(own, workload)
         route = to_endpoint(workload, service, wanted, target, INTERNAL_PORTS, lookup)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from meshbpf.agent.core.kube_names import NETWORKING
 from meshbpf.agent.core.objects import KubeObject, ObjectKey, ObjectSet
 from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.store import Snapshot
@@ -21,7 +22,7 @@ from meshbpf.agent.l7.exchange import Protocol
 from meshbpf.agent.l7.filter import Chain, Filter
 from meshbpf.agent.l7.plan import NO_ROUTES, PortPlan, Routes, ServicePlan, WaypointPlan
 from meshbpf.agent.l7.problem import ObjectError, Problem
-from meshbpf.agent.l7.protocols import declared
+from meshbpf.agent.l7.protocols import declared, declared_by_entry
 from meshbpf.agent.l7.rate_limit import GROUP as OWN_GROUP
 from meshbpf.agent.l7.rate_limit import KIND as RATE_LIMIT
 from meshbpf.agent.l7.rate_limit import read_rate_limit
@@ -29,7 +30,7 @@ from meshbpf.agent.l7.read_routes import ParentRef, ReadRoute, read_route
 from meshbpf.agent.l7.references import GATEWAY_API, References
 from meshbpf.agent.l7.registry import SOURCES
 from meshbpf.agent.l7.rules import Entry, TcpRule
-from meshbpf.agent.l7.sources import FilterSource, Scope
+from meshbpf.agent.l7.sources import FilterSource, Scope, kind_of
 from meshbpf.agent.l7.table import RouteTable
 
 ROUTE_KINDS = ("HTTPRoute", "GRPCRoute", "TCPRoute", "TLSRoute")
@@ -88,7 +89,7 @@ class Planner:
         services = dict(sorted(mine.items(), key=lambda one: (one[0].namespace, one[0].hostname)))
         places = self._attach(objects, mesh, gateway, services, problems)
         plans: dict[NamespacedHostname, ServicePlan] = {}
-        protocols = {self._key_of(each): declared(each) for each in objects.of_kind("", "Service")}
+        protocols = self._protocols(objects)
         for key, service in services.items():
             spoken = protocols.get(key, {})
             ports = {port: _port(places, key, port, spoken.get(port)) for port in service.ports}
@@ -97,6 +98,17 @@ class Planner:
         pods = self._chain(objects, gateway, None, problems)
         # Several destinations find the same fault of one policy.
         return WaypointPlan(plans, pods, protocols, tuple(dict.fromkeys(problems)), self._version)
+
+    def _protocols(self, objects: ObjectSet) -> dict[NamespacedHostname, dict[int, Protocol]]:
+        """What ports are declared to speak. A hostname of both is the Service's."""
+        found: dict[NamespacedHostname, dict[int, Protocol]] = {}
+        for entry in objects.of_kind(NETWORKING, "ServiceEntry"):
+            hosts = entry.spec.get("hosts")
+            for host in hosts if isinstance(hosts, list) else ():
+                found[NamespacedHostname(entry.namespace, str(host))] = declared_by_entry(entry)
+        for each in objects.of_kind("", "Service"):
+            found[self._key_of(each)] = declared(each)
+        return found
 
     def _key_of(self, service: KubeObject) -> NamespacedHostname:
         hostname = f"{service.name}.{service.namespace}.svc.{self._cluster_domain}"
@@ -114,6 +126,7 @@ class Planner:
     ) -> dict[_Place, _Collected]:
         references = References(objects, mesh.service, self._extend, self._cluster_domain)
         kinds = _allowed_kinds(gateway)
+        parents = _Parents(mesh, references.hostname)
         places: dict[_Place, _Collected] = defaultdict(_Collected)
         read: dict[ObjectKey, ReadRoute] = {}
         for kind in ROUTE_KINDS:
@@ -123,15 +136,19 @@ class Planner:
                     continue
                 read[route.key] = found
                 for parent in found.parents:
-                    hostname = references.hostname(parent.namespace, parent.name)
-                    key = NamespacedHostname(parent.namespace, hostname)
-                    service = services.get(key)
-                    wrong = _misfit(route, parent, service, mesh, key, kinds)
-                    if wrong is not None:
-                        problems.append(wrong)
-                    elif service is not None:
-                        consumer = "" if route.namespace == parent.namespace else route.namespace
-                        _collect(places[key, parent.port, consumer], route, found)
+                    consumer = "" if route.namespace == parent.namespace else route.namespace
+                    known = parents.of(parent)
+                    if not known:
+                        problems.append(_no_parent(route, parent, f"there is no {parent}"))
+                    for key in known:
+                        service = services.get(key)
+                        if service is None:
+                            continue  # another waypoint's, or none's
+                        wrong = _misfit(route, parent, service, kinds)
+                        if wrong is None:
+                            _collect(places[key, parent.port, consumer], route, found)
+                        else:
+                            problems.append(wrong)
         self._good = read
         problems += references.problems
         return places
@@ -191,35 +208,44 @@ def _collect(place: _Collected, route: KubeObject, found: ReadRoute) -> None:
         place.tcp.append(((created, f"{route.namespace}/{route.name}"), found.tcp))
 
 
+class _Parents:
+    """Which services of the mesh a parentRef means: one, or all hosts of a ServiceEntry."""
+
+    def __init__(self, mesh: Snapshot, hostname: Callable[[str, str], str]) -> None:
+        self._mesh = mesh
+        self._hostname = hostname
+        self._entries: dict[tuple[str, str], list[NamespacedHostname]] | None = None
+
+    def of(self, parent: ParentRef) -> Sequence[NamespacedHostname]:
+        """Their keys; none when there is no such object."""
+        if parent.kind == "ServiceEntry":
+            return self._of_entries().get((parent.namespace, parent.name), ())
+        hostname = self._hostname(parent.namespace, parent.name)
+        found = self._mesh.service(parent.namespace, hostname)
+        return () if found is None else (found.key,)
+
+    def _of_entries(self) -> dict[tuple[str, str], list[NamespacedHostname]]:
+        if self._entries is None:
+            self._entries = defaultdict(list)
+            for each in self._mesh.services:
+                if kind_of(each) == "ServiceEntry":
+                    self._entries[each.namespace, each.name].append(each.key)
+        return self._entries
+
+
+def _no_parent(route: KubeObject, parent: ParentRef, what: str) -> Problem:
+    return Problem(route.key, route.origin, parent.path, what, reason="NoMatchingParent")
+
+
 def _misfit(
-    route: KubeObject,
-    parent: ParentRef,
-    service: Service | None,
-    mesh: Snapshot,
-    key: NamespacedHostname,
-    kinds: frozenset[str] | None,
+    route: KubeObject, parent: ParentRef, service: Service, kinds: frozenset[str] | None
 ) -> Problem | None:
-    """Why a route cannot be attached to a parent; None too for what is not ours."""
-
-    def problem(what: str, reason: str) -> Problem:
-        return Problem(route.key, route.origin, parent.path, what, reason=reason)
-
-    if service is None:
-        if mesh.service(key.namespace, key.hostname) is None:
-            return problem(
-                f"there is no Service {parent.namespace}/{parent.name}", "NoMatchingParent"
-            )
-        return None
+    """Why a route cannot be attached to a parent of ours."""
     if parent.port and parent.port not in service.ports:
-        return problem(
-            f"Service {parent.namespace}/{parent.name} has no port {parent.port}",
-            "NoMatchingParent",
-        )
+        return _no_parent(route, parent, f"{parent} has no port {parent.port}")
     if kinds is not None and route.key.kind not in kinds:
-        return problem(
-            f"the Gateway's listener allows {', '.join(sorted(kinds))} only",
-            "NotAllowedByListeners",
-        )
+        what = f"the Gateway's listener allows {', '.join(sorted(kinds))} only"
+        return Problem(route.key, route.origin, parent.path, what, reason="NotAllowedByListeners")
     return None
 
 

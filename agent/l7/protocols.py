@@ -49,12 +49,29 @@ SNIFF_BYTES = max(len(each) for each in (*_METHODS, PREFACE))
 def declared(service: KubeObject) -> dict[int, Protocol]:
     """The declared protocols of a Service's ports."""
     found: dict[int, Protocol] = {}
-    for port in service.spec.get("ports") or ():
+    for port in _ports(service):
         protocol = _of(port)
         number = port.get("port")
         if protocol is not None and isinstance(number, int):
             found[number] = protocol
     return found
+
+
+def declared_by_entry(entry: KubeObject) -> dict[int, Protocol]:
+    """The declared protocols of a ServiceEntry's ports, which say nothing by their names."""
+    found: dict[int, Protocol] = {}
+    for port in _ports(entry):
+        number, name = port.get("number"), str(port.get("protocol") or "").lower()
+        if name and isinstance(number, int):
+            found[number] = _NAMES.get(name, Protocol.TCP)
+    return found
+
+
+def _ports(owner: KubeObject) -> list[Mapping[str, Any]]:
+    """None of an object that is malformed: it is refused, and told, where mesh state is made."""
+    listed = owner.spec.get("ports")
+    found = listed if isinstance(listed, list) else []
+    return [each for each in found if isinstance(each, Mapping)]
 
 
 def _of(port: Mapping[str, Any]) -> Protocol | None:

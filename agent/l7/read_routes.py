@@ -40,13 +40,17 @@ _MATCH_LIMIT = 64  # as Gateway API's schema; it bounds what one rule costs a re
 
 @dataclass(frozen=True, slots=True)
 class ParentRef:
-    """One parentRef of a route to a Service."""
+    """One parentRef of a route to a Service or ServiceEntry."""
 
+    kind: str
     namespace: str
     name: str
     port: int
     """0: every port."""
     path: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def read_route(route: KubeObject, references: References) -> ReadRoute:
 
 
 def _parents(field: Value | None, route: KubeObject) -> list[ParentRef]:
-    """Those that are Services; Gateways of an ingress are others' business."""
+    """Those that are services; Gateways of an ingress are others' business."""
     found = []
     for item in () if field is None else field.items():
         fields = item.record(("group", "kind", "name", "namespace", "port", "sectionName"))
@@ -91,6 +95,7 @@ def _parents(field: Value | None, route: KubeObject) -> list[ParentRef]:
         space, port = fields.get("namespace"), fields.get("port")
         found.append(
             ParentRef(
+                kind.text(),
                 route.namespace if space is None else space.text(),
                 item.need(fields, "name").text(),
                 0 if port is None else port.integer(1, 65535),

@@ -55,14 +55,17 @@ class Scope:
             )
         if kind in ("Service", "ServiceEntry") and self.service is not None:
             own_service = self.service
-            if kind != _kind_of(own_service):
+            if kind != kind_of(own_service):
                 return False
             return place == namespace == own_service.namespace and name == own_service.name
         return False
 
 
-def _kind_of(service: Service) -> str:
-    """Mesh state has no kinds, but a Service has its name in a hostname of the cluster's."""
+def kind_of(service: Service) -> str:
+    """What a service is of: Service or ServiceEntry.
+
+    Mesh state does not say, but a Service has its name in a hostname of the cluster's.
+    """
     own = service.hostname.startswith(f"{service.name}.{service.namespace}.svc.")
     return "Service" if own else "ServiceEntry"
 

@@ -11,14 +11,15 @@ from meshbpf.agent.core.route import PlainRoute, Refused
 from meshbpf.agent.core.service import Service
 from meshbpf.agent.core.state import MeshState
 from meshbpf.agent.core.store import Snapshot
-from meshbpf.agent.core.workload import Workload
+from meshbpf.agent.core.workload import NamespacedHostname, Workload
 from meshbpf.agent.l7.balancer import EJECTION_S, FAILURES, Balancer, Choice, session_of
 from meshbpf.agent.l7.cors import mark
 from meshbpf.agent.l7.exchange import Protocol
 from meshbpf.agent.l7.filter import Reply
 from meshbpf.agent.l7.message import Headers
+from meshbpf.agent.l7.plan import WaypointPlan
 from meshbpf.agent.l7.planner import Planner
-from meshbpf.agent.l7.protocols import declared, sniff
+from meshbpf.agent.l7.protocols import declared, declared_by_entry, sniff
 from meshbpf.agent.l7.rate_limit import rate_limits
 from tests.unit.l7.routed import ask, exchange, objects, plan, route
 from tests.unit.l7.test_http_routes import LIMIT
@@ -184,6 +185,48 @@ def test_the_first_bytes_tell_http_from_the_rest() -> None:
     assert sniff(b"GETX") is Protocol.TCP
 
 
+ENTRY = """
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: echo, namespace: shop}
+spec:
+  hosts: [api.example.com, "*.example.com"]
+  ports: [{number: 80, name: tcp, protocol: HTTP}, {number: 443, name: http, protocol: TLS}]
+"""
+
+
+def test_a_route_and_the_protocols_of_a_service_entry_are_for_all_its_hosts_alone() -> None:
+    hosts = [
+        Service("echo", "shop", host, ports={80: 80, 443: 443})
+        for host in ("api.example.com", "*.example.com", "echo.shop.svc.cluster.local")
+    ]
+    mesh = Snapshot.of(MeshState(services=tuple(hosts)))
+    parent = "{kind: ServiceEntry, group: networking.istio.io, name: NAME}"
+    rules = "- filters: [{type: RequestRedirect, requestRedirect: {hostname: b.example}}]"
+
+    def made(name: str) -> WaypointPlan:
+        return plan(ENTRY, route(rules, parent=parent.replace("NAME", name)), mesh=mesh)
+
+    found = made("echo")
+    ports = {str(key): each.ports[80] for key, each in found.services.items()}
+    routed = [key for key, port in ports.items() if port.routes_for("shop").http is not None]
+    assert sorted(routed) == ["shop/*.example.com", "shop/api.example.com"]
+    assert found.protocol(hosts[0].key, 80) is Protocol.HTTP1
+    assert found.protocol(hosts[1].key, 443) is Protocol.TCP
+    assert found.protocol(hosts[2].key, 443) is None
+    (problem,) = made("gone").problems
+    assert "spec.parentRefs[0]: there is no ServiceEntry shop/gone" in str(problem)
+
+
+def test_a_malformed_service_or_entry_declares_nothing() -> None:
+    bad = ENTRY.replace("[{number", "7 # [{number").replace("[api", "7 # [api")
+    ugly = ENTRY.replace("[{number", "[7, {number")
+    service = "{apiVersion: v1, kind: Service, metadata: {name: s, namespace: n}, spec: {ports: 7}}"
+    assert plan(bad, service).protocols.get(NamespacedHostname("n", "s.n.svc.cluster.local")) == {}
+    entry = next(iter(objects(ugly).by_key.values()))
+    assert declared_by_entry(entry) == {80: Protocol.HTTP1, 443: Protocol.TCP}
+
+
 # --- endpoints -------------------------------------------------------------------
 
 WEB = Service("web", "shop", "web.shop.svc.cluster.local", ports={80: 8080})
@@ -202,6 +245,15 @@ def picked(balancer: Balancer, now_s: float = 0.0, **more: object) -> Choice:
     found = balancer.pick(THREE, OWN, WEB, 80, now_s, **more)  # type: ignore[arg-type]
     assert not isinstance(found, Refused)
     return found
+
+
+def test_an_endpoint_that_has_a_name_alone_is_refused_by_that_name() -> None:
+    named = Workload("se", "se", "shop", hostname="api.example.com", services={WEB.key: {}})
+    mesh = Snapshot.of(MeshState(workloads=(named,), services=(WEB,)))
+    for own in (OWN, Workload("//Pod/wp", "wp", "shop")):
+        found = Balancer(random.Random(1)).pick(mesh, own, WEB, 80, 0.0)
+        assert isinstance(found, Refused)
+        assert "by its name 'api.example.com' alone" in found.reason
 
 
 def test_requests_in_flight_even_out() -> None:
