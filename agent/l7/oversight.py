@@ -23,6 +23,7 @@ from meshbpf.agent.l7.kinds import KINDS
 from meshbpf.agent.l7.planner import ROUTE_KINDS, Planner
 from meshbpf.agent.l7.problem import Problem
 from meshbpf.agent.l7.references import GATEWAY_API
+from meshbpf.agent.l7.sources import kind_of
 from meshbpf.agent.l7.status import (
     Deployed,
     class_status,
@@ -46,8 +47,8 @@ GatewayName = tuple[str, str]
 class Oversight:
     """What the plans of one moment say."""
 
-    bound: frozenset[tuple[str, str]]
-    """Services (namespace, name) with a waypoint of ours."""
+    bound: frozenset[tuple[str, str, str]]
+    """Services and ServiceEntries (kind, namespace, name) with a waypoint of ours."""
     problems: Mapping[ObjectKey, tuple[Problem, ...]]
 
 
@@ -63,14 +64,13 @@ class Overseer:
         gateways = list(gateways_of(objects))
         names = set(map(name_of, gateways))
         self._planners = {name: each for name, each in self._planners.items() if name in names}
-        bound: set[tuple[str, str]] = set()
+        bound: set[tuple[str, str, str]] = set()
         problems: defaultdict[ObjectKey, dict[Problem, None]] = defaultdict(dict)
         for gateway in gateways:
             own = _destinations(mesh, self._template.cluster.service_key(*name_of(gateway)))
             plan = self._planner(gateway).plan(objects, mesh, partial(_is_bound, own))
-            bound |= {
-                (each.service.namespace, each.service.name) for each in plan.services.values()
-            }
+            services = [each.service for each in plan.services.values()]
+            bound |= {(kind_of(each), each.namespace, each.name) for each in services}
             for problem in plan.problems:
                 problems[problem.key][problem] = None
         return Oversight(frozenset(bound), {key: tuple(found) for key, found in problems.items()})
@@ -122,7 +122,7 @@ def statuses(
             problems = oversight.problems.get(route.key, ())
             wanted.append((route, route_status(route, oversight.bound, problems, now)))
     places = {("Gateway", *name_of(each)) for each in gateways}
-    places |= {("Service", *each) for each in oversight.bound}
+    places |= oversight.bound
     if gateways:
         places.add(("GatewayClass", root_namespace, CLASS))
     for group, kind in POLICY_KINDS:

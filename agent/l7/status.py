@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshbpf.agent.core.address import IPAddress
+from meshbpf.agent.core.kube_names import NETWORKING
 from meshbpf.agent.core.objects import KubeObject
 from meshbpf.agent.core.workload import HBONE_PORT
 from meshbpf.agent.l7.deployment import CONTROLLER
@@ -24,6 +25,7 @@ POLICY_CONDITION = "meshbpf.io/WaypointAccepted"
 
 _MESSAGE_LIMIT = 2048  # the schema takes 32,768; whoever reads needs the first few
 _ROUTE_CONDITIONS = ("Accepted", "ResolvedRefs")
+_PARENT_GROUPS = {"Service": ("", "core"), "ServiceEntry": (NETWORKING,)}
 _PARENT_FIELDS = ("group", "kind", "namespace", "name", "sectionName", "port")
 
 
@@ -156,11 +158,11 @@ def _listener_status(
 
 def route_status(
     route: KubeObject,
-    bound: Collection[tuple[str, str]],
+    bound: Collection[tuple[str, str, str]],
     problems: Sequence[Problem],
     now: str,
 ) -> dict[str, Any] | None:
-    """Of a route with parents among `bound`, the Services (namespace, name) of our waypoints.
+    """Of a route with parents among `bound`, what our waypoints serve (kind, namespace, name).
 
     None where we have nothing to say, and have said nothing before.
     """
@@ -258,11 +260,12 @@ def _parents(route: KubeObject) -> Sequence[Mapping[str, Any]]:
 
 
 def _is_bound(
-    parent: Mapping[str, Any], route: KubeObject, bound: Collection[tuple[str, str]]
+    parent: Mapping[str, Any], route: KubeObject, bound: Collection[tuple[str, str, str]]
 ) -> bool:
-    if parent.get("kind") != "Service" or parent.get("group", "") not in ("", "core"):
+    kind = str(parent.get("kind"))
+    if parent.get("group", "") not in _PARENT_GROUPS.get(kind, ()):
         return False
-    return (str(parent.get("namespace") or route.namespace), str(parent.get("name"))) in bound
+    return (kind, str(parent.get("namespace") or route.namespace), str(parent.get("name"))) in bound
 
 
 def _is_own(entry: Mapping[str, Any]) -> bool:

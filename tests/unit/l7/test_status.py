@@ -136,7 +136,7 @@ def a_route(*parents: dict[str, Any], **body: Any) -> KubeObject:
 
 ECHO = {"kind": "Service", "group": "", "name": "echo"}
 OTHER = {"kind": "Service", "group": "", "name": "other"}
-BOUND = {("apps", "echo"), ("apps", "other")}
+BOUND = {("Service", "apps", "echo"), ("Service", "apps", "other")}
 
 
 def a_problem(field: str, condition: str = "Accepted", reason: str = "Invalid") -> Problem:
@@ -152,6 +152,16 @@ def test_a_route_of_a_bound_service_is_judged() -> None:
         "Accepted": "True Accepted",
         "ResolvedRefs": "True ResolvedRefs",
     }
+
+
+def test_a_route_of_a_bound_service_entry_is_judged_and_not_for_a_service_of_its_name() -> None:
+    entry = {"group": "networking.istio.io", "kind": "ServiceEntry", "name": "echo"}
+    bound = {("ServiceEntry", "apps", "echo")}
+    status = route_status(a_route(entry), bound, (), NOW)
+    assert status is not None
+    assert [each["parentRef"] for each in status["parents"]] == [entry]
+    assert route_status(a_route(ECHO), bound, (), NOW) is None
+    assert route_status(a_route(entry), BOUND, (), NOW) is None
 
 
 def test_problems_of_one_parent_are_told_at_that_parent() -> None:
