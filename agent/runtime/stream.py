@@ -57,6 +57,7 @@ class TunnelStream:
         "_app_ended",
         "_finished",
         "_local_ended",
+        "_postponed",
         "_reactor",
         "_readable",
         "_remote_ended",
@@ -92,6 +93,8 @@ class TunnelStream:
         """What the app did not take yet."""
         self._local_ended = False
         self._remote_ended = False
+        self._postponed = ""
+        """Why it has gone, while the app has not got what came before that."""
         self._answered: trio.Event | None = None
         self._finished: trio.Event | None = None
 
@@ -294,8 +297,16 @@ class TunnelStream:
             self._shut_down(self._app)
 
     def on_reset(self, reason: str) -> None:
-        """The stream is gone, or the tunnel with it."""
-        self._fail(reason)
+        """The stream is gone, or the tunnel with it.
+
+        An answer that came with it is the app's all the same, as data before an
+        RST is: nobody has had the time to begin with `relay`.
+        """
+        if self._app is None and self.response is not None and self.pending:
+            self._postponed = reason
+            self._local_ended = True
+        else:
+            self._fail(reason)
 
     def native_failed(self, error: BaseException) -> None:
         """The engine met a bug of ours: it costs one connection, and is seen."""
@@ -342,6 +353,8 @@ class TunnelStream:
             self.tunnel.credit(self, sent)
         if self._remote_ended:
             self._shut_down(app)
+        elif self._postponed:
+            self._fail(self._postponed)
 
     def _shut_down(self, app: socket.socket) -> None:
         if self.complete:

@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 import trio
+from h2.errors import ErrorCodes
 from OpenSSL import SSL
 
 from meshbpf.agent.core.tuning import Tuning
 from meshbpf.agent.runtime import tunnel as tunnel_module
+from meshbpf.agent.runtime.inbound import Inbound
 from meshbpf.agent.runtime.outbound import EARLY_BYTES, SaidAlready
 from meshbpf.agent.runtime.sockets import DialError
 from meshbpf.agent.runtime.stream import TunnelStream
 from meshbpf.agent.runtime.tunnel import Tunnel
+from meshbpf.agent.wire import headers
 from tests.unit.forwarder.rig import (
     CLIENT,
     CLIENT_2,
@@ -248,6 +251,36 @@ async def test_what_was_said_to_a_peer_that_refuses_goes_nowhere(rig: Rig) -> No
             await listener.accept()
         assert waited.cancelled_caught
     assert rig.client.connections.statistics().bytes_sent == 0
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["whole", "cut"])
+async def test_an_answer_that_comes_with_its_reset_reaches_the_client(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    async def serve(
+        _self: Inbound, tunnel: Tunnel, _request: object, stream: TunnelStream, *_more: object
+    ) -> None:
+        tunnel._spoke_in = tunnel.reactor.rounds  # so that all leaves at once
+        tunnel.respond(stream, headers.response(200), end_stream=False)
+        tunnel.send_bytes(stream, b"no, and why")
+        if ended:
+            stream._local_ended = True
+            tunnel.end_stream(stream)
+        tunnel.reset_stream(stream, ErrorCodes.CANCEL)
+
+    monkeypatch.setattr(Inbound, "_serve_stream", serve)
+    for text in (b"asked at once", b""):
+        async with _dialed_and_said(rig, text) as client:
+            got = b""
+            try:
+                with trio.fail_after(2):
+                    while data := await client.receive_some(100):
+                        got += data
+            except trio.BrokenResourceError:
+                assert not ended
+            else:
+                assert ended
+            assert got == b"no, and why"
 
 
 async def test_the_end_of_a_forwarder_reaches_all_peers_within_two_seconds(rig: Rig) -> None:
