@@ -229,7 +229,8 @@ class Outbound:
                 answer = await wait_answer(stream, trial)
             _expect_200(answer, stream, str(route.gateway))
         except BaseException:
-            live.broke(stream.failure, stream.tunnel.fault)
+            if stream.response is None:  # else that says more than how the stream ended
+                live.broke(stream.failure, stream.tunnel.fault)
             stream.abandon()
             raise
         return stream

@@ -209,6 +209,8 @@ class WaypointBed(Testbed):
 
     def apply(self) -> None:
         """Write the objects, and wait until the waypoint and the agents go by them."""
+        # Its log is written a moment after it is ready.
+        eventually("the waypoint's first plan", lambda: self.plans() > 0, 5.0)
         before = self.plans()
         text = self.mesh_file.read_text()
         self.write_mesh()
