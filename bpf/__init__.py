@@ -257,14 +257,14 @@ PROGRAMS: Final[tuple[ProgramSpec, ...]] = (
         "connect4.c",
         ProgramType.CGROUP_SOCK_ADDR,
         AttachType.CGROUP_INET4_CONNECT,
-        budget=8192,
+        budget=16384,
     ),
     ProgramSpec(
         "connect6",
         "connect6.c",
         ProgramType.CGROUP_SOCK_ADDR,
         AttachType.CGROUP_INET6_CONNECT,
-        budget=8192,
+        budget=16384,
     ),
     ProgramSpec(
         "getpeername4",

@@ -14,7 +14,7 @@
 // decisions, captured, dialed, agent_sockets.
 // Returns: 1 (let connect proceed), or 0 with -ECONNREFUSED when the pod fails
 // closed and no agent listens.
-// Budget: 8192 verified instructions.
+// Budget: 16384 verified instructions.
 
 #include <meshbpf/connect.h>
 

@@ -3,7 +3,7 @@
 // IPv6 socket, also when it dials a v4-mapped address: such a destination has
 // the form in which our maps hold IPv4, and is judged as IPv4.
 // Does, reads, maps, returns: as connect4.c, with user_ip6.
-// Budget: 8192 verified instructions.
+// Budget: 16384 verified instructions.
 
 #include <meshbpf/connect.h>
 
