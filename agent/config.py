@@ -107,8 +107,8 @@ class Settings:
     xds_name: str = ""
     """What istiod's certificate is for; empty means the host in the URL."""
     ca: str = ""
-    """A CA that is asked over the network: https://HOST:PORT for istiod's, or
-    kubernetes-csr:SIGNER for one of the cluster's signers."""
+    """Who else signs: https://HOST:PORT for istiod, kubernetes-csr:SIGNER for one of the
+    cluster's signers, or spire:SOCKET for the SPIRE agent of this node."""
     ca_root: str = ISTIO_ROOT
     ca_name: str = ""
     token_file: Path = ISTIO_TOKEN
@@ -194,7 +194,7 @@ class Settings:
             raise _bad("cluster-domain", self.cluster_domain, "write it as a DNS name")
         if self.xds and control_plane_address(self.xds) is None:
             raise _bad("xds", self.xds, _URL_HINT)
-        check_ca(self.ca)
+        check_ca(self.ca, of_node=True)
         if self.otlp and otlp_endpoint(self.otlp) is None:
             hint = "write http://HOST:PORT or https://HOST:PORT, for instance http://otel:4318"
             raise _bad("otlp", self.otlp, hint)
@@ -281,10 +281,24 @@ def control_plane_address(url: str) -> tuple[str, int] | None:
     return found.hostname, port
 
 
-def check_ca(ca: str) -> None:
-    """Refuse what --ca cannot be. Empty passes. Raises ConfigError."""
-    if ca and control_plane_address(ca) is None and not kube_signer(ca):
+def check_ca(ca: str, *, of_node: bool = False) -> None:
+    """Refuse what --ca cannot be. Empty passes. Raises ConfigError.
+
+    `of_node`: for an agent, which may have it of the SPIRE agent beside it.
+    """
+    if not ca or control_plane_address(ca) is not None or kube_signer(ca):
+        return
+    if not of_node:
         raise _bad("ca", ca, f"{_URL_HINT}; or kubernetes-csr:SIGNER")
+    if spire_socket(ca) is None:
+        hint = f"{_URL_HINT}; or kubernetes-csr:SIGNER; or spire:SOCKET with an absolute path"
+        raise _bad("ca", ca, hint)
+
+
+def spire_socket(ca: str) -> Path | None:
+    """The SPIRE agent's admin socket, of spire:PATH; None for anything else."""
+    kind, _, path = ca.partition(":")
+    return Path(path) if kind == "spire" and path.startswith("/") and path != "/" else None
 
 
 def kube_signer(ca: str) -> str:

@@ -84,9 +84,10 @@ _OPTIONS: tuple[Any, ...] = (
     ),
     click.option(
         "--ca",
-        metavar="URL",
-        help="Certificates from istiod, at https://HOST:PORT, or from a signer of the cluster, as "
-        "kubernetes-csr:SIGNER, instead of --ca-dir.",
+        metavar="CA",
+        help="Certificates from istiod, at https://HOST:PORT, from a signer of the cluster, as "
+        "kubernetes-csr:SIGNER, or from this node's SPIRE agent, as spire:SOCKET, its admin "
+        "socket; instead of --ca-dir.",
     ),
     click.option(
         "--ca-root",

@@ -39,7 +39,7 @@ from meshbpf.agent.runtime.fd_store import GRACE_S, FdStore
 from meshbpf.agent.runtime.forwarder import Forwarder
 from meshbpf.agent.runtime.gate import Gate
 from meshbpf.agent.runtime.heartbeat import Heartbeat
-from meshbpf.agent.runtime.issuing import Issuer
+from meshbpf.agent.runtime.issuing import AnyIssuer
 from meshbpf.agent.runtime.kube_status import StatusReporter
 from meshbpf.agent.runtime.locate import Locator
 from meshbpf.agent.runtime.logs import Log, LogWriter
@@ -83,7 +83,7 @@ class Agent:
         self,
         settings: Settings,
         state_dir: StateDir,
-        issuer: Issuer | None,
+        issuer: AnyIssuer | None,
         source: MeshSource,
         control: ControlServer,
         cni: ControlServer,

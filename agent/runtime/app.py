@@ -44,7 +44,7 @@ from meshbpf.agent.runtime.agent import Agent
 from meshbpf.agent.runtime.control import ControlServer
 from meshbpf.agent.runtime.fd_store import FdStore
 from meshbpf.agent.runtime.fronts import Fronts
-from meshbpf.agent.runtime.issuing import Issuer
+from meshbpf.agent.runtime.issuing import AnyIssuer
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.life import Life
@@ -65,7 +65,7 @@ class Prepared:
 
     settings: Settings
     state_dir: StateDir
-    issuer: Issuer | None
+    issuer: AnyIssuer | None
     source: MeshSource
     state: MeshState | None
     control: ControlServer

@@ -9,8 +9,11 @@ tunnels that stand keep the contexts they began with, so nothing is dropped.
 A renewal that fails is tried again with growing pauses, while the old
 certificate serves until its very end.
 
+A signer that renews by itself (SPIRE) is followed instead: a subscription per
+identity, and what it brings is in force at once.
+
 When the signer's bundle of roots changes, all contexts are made anew with it
-and all certificates are renewed, those first that somebody waits for.
+and all certificates that we ask for are renewed, those first that somebody waits for.
 """
 
 from __future__ import annotations
@@ -30,7 +33,15 @@ from meshbpf.agent.core.ca import anchor_of
 from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 from meshbpf.agent.runtime.control import error_body
-from meshbpf.agent.runtime.issuing import FetchQueue, Issuer, Priority, Turn
+from meshbpf.agent.runtime.issuing import (
+    AnyIssuer,
+    FetchQueue,
+    Issued,
+    Issuer,
+    Priority,
+    PushingIssuer,
+    Turn,
+)
 from meshbpf.agent.runtime.logs import Log
 from meshbpf.agent.wire.crl import Revocations
 from meshbpf.agent.wire.tls import WorkloadTls, workload_tls
@@ -103,7 +114,7 @@ class CertificateStore:
 
     def __init__(
         self,
-        issuer: Issuer | None,
+        issuer: AnyIssuer | None,
         nursery: trio.Nursery,
         *,
         ttl: timedelta,
@@ -158,7 +169,7 @@ class CertificateStore:
         held = self._held.get(identity)
         if held is None:
             held = self._held[identity] = _Held(identity)
-            self._nursery.start_soon(self._keep, held, name=f"certificate of {identity}")
+            self._nursery.start_soon(self._have, held, name=f"certificate of {identity}")
         return held
 
     def _drop_unused(self, held: _Held) -> None:
@@ -246,51 +257,53 @@ class CertificateStore:
             return "expired"
         return "renewing" if held.error else "valid"
 
-    async def _keep(self, held: _Held) -> None:
-        """Get a certificate and renew it at half its life, until released."""
+    async def _have(self, held: _Held) -> None:
+        """See that there is a certificate, until released."""
+        assert self._issuer is not None  # noqa: S101 (without one nothing is held)
         with held.scope:
-            failures = 0
-            while True:
-                # Before the attempt: what changes while it runs asks for another.
-                held.hurry = trio.Event()
-                try:
-                    await self._obtain(held)
-                except MeshbpfError as error:
-                    failures += 1
-                    self._failed += 1
-                    held.error = error
-                    pause_s = self._retry_pause_s(failures, held)
-                    log.error(
-                        "certificate not issued",
-                        cause=error,
-                        identity=held.identity,
-                        retry_s=round(pause_s, 1),
-                    )
-                    wake_at = self._now() + timedelta(seconds=pause_s)
-                else:
-                    failures = 0
-                    held.error = None
-                    assert held.renew_at is not None  # noqa: S101 (_obtain set it)
-                    wake_at = held.renew_at
-                held.attempted.set()
-                held.attempted = trio.Event()
-                held.turn = Turn(Priority.WARMUP if held.tls is None else Priority.BACKGROUND)
-                with trio.CancelScope() as pause:
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(_cancel_when, held.hurry, pause)
-                        await self._sleep_until(wake_at)
-                        nursery.cancel_scope.cancel()
-                if pause.cancelled_caught:
-                    # Every identity of every node is told at once.
-                    await trio.sleep(self._rng.uniform(0, HURRY_SPREAD_S))
+            if isinstance(self._issuer, PushingIssuer):
+                await self._issuer.follow(held.identity, _Inlet(self, held))
+            else:
+                await self._keep(held, self._issuer)
 
-    async def _obtain(self, held: _Held) -> None:
+    async def _keep(self, held: _Held, issuer: Issuer) -> None:
+        """Get a certificate and renew it at half its life."""
+        failures = 0
+        while True:
+            # Before the attempt: what changes while it runs asks for another.
+            held.hurry = trio.Event()
+            try:
+                await self._obtain(held, issuer)
+            except MeshbpfError as error:
+                failures += 1
+                pause_s = self._retry_pause_s(failures, held)
+                self._fail(held, error, pause_s)
+                wake_at = self._now() + timedelta(seconds=pause_s)
+            else:
+                failures = 0
+                assert held.renew_at is not None  # noqa: S101 (_obtain set it)
+                wake_at = held.renew_at
+            held.turn = Turn(Priority.WARMUP if held.tls is None else Priority.BACKGROUND)
+            with trio.CancelScope() as pause:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_cancel_when, held.hurry, pause)
+                    await self._sleep_until(wake_at)
+                    nursery.cancel_scope.cancel()
+            if pause.cancelled_caught:
+                # Every identity of every node is told at once.
+                await trio.sleep(self._rng.uniform(0, HURRY_SPREAD_S))
+
+    async def _obtain(self, held: _Held, issuer: Issuer) -> None:
         async with self._queue.slot(held.turn):
             started = self._now()
-            assert self._issuer is not None  # noqa: S101 (without one nothing is held)
-            issued = await self._issuer.issue(
-                held.identity, started - CLOCK_SKEW, started + self._ttl
-            )
+            issued = await issuer.issue(held.identity, started - CLOCK_SKEW, started + self._ttl)
+        tls = self._install(held, issued)
+        # The issuer may grant less than was asked for; near its own end so
+        # much less that half of it must not become a busy loop.
+        held.renew_at = started + max((tls.not_after - started) / 2, SHORTEST_LIFE)
+
+    def _install(self, held: _Held, issued: Issued) -> WorkloadTls:
+        """From the next tunnel on it is in force. Raises MeshbpfError, and the old one stays."""
         tls = workload_tls(issued.chain_pem, issued.key, issued.roots_pem, self._revocations)
         if tls.identity != held.identity:
             raise MeshbpfError(
@@ -300,9 +313,7 @@ class CertificateStore:
         held.tls = tls
         held.key, held.chain_pem = issued.key, issued.chain_pem
         held.serial = f"{x509.load_pem_x509_certificate(issued.chain_pem).serial_number:x}"
-        # The issuer may grant less than was asked for; near its own end so
-        # much less that half of it must not become a busy loop.
-        held.renew_at = started + max((tls.not_after - started) / 2, SHORTEST_LIFE)
+        held.error = None
         self._issued += 1
         self._follow_roots(issued.roots_pem, new=held)
         log.info(
@@ -311,6 +322,15 @@ class CertificateStore:
             serial=held.serial,
             not_after=tls.not_after.isoformat(),
         )
+        _attempted(held)
+        return tls
+
+    def _fail(self, held: _Held, error: MeshbpfError, retry_s: float | None) -> None:
+        self._failed += 1
+        held.error = error
+        retry = {} if retry_s is None else {"retry_s": round(retry_s, 1)}
+        log.error("certificate not issued", cause=error, identity=held.identity, **retry)
+        _attempted(held)
 
     def _follow_roots(self, roots_pem: bytes, new: _Held | None = None) -> None:
         """The newest bundle counts for all identities, from their next tunnel on.
@@ -322,7 +342,9 @@ class CertificateStore:
         first, self._roots_pem = not self._roots_pem, roots_pem
         if first:
             return
-        log.warning("the CA's roots have changed: certificates are renewed")
+        pushed = isinstance(self._issuer, PushingIssuer)
+        follows = "new tunnels go by them" if pushed else "certificates are renewed"
+        log.warning(f"the CA's roots have changed: {follows}")
         for held in self._held.values():
             if held.key is not None:
                 held.tls = workload_tls(held.chain_pem, held.key, roots_pem, self._revocations)
@@ -344,6 +366,34 @@ class CertificateStore:
         while (left_s := (moment - self._now()).total_seconds()) > 0:  # noqa: ASYNC110
             await trio.sleep(min(left_s, _LONGEST_SLEEP_S))
         await trio.lowlevel.checkpoint()
+
+
+@dataclass(frozen=True, slots=True)
+class _Inlet:
+    """The `Holder` of one identity: what is pushed goes into the store."""
+
+    store: CertificateStore
+    held: _Held
+
+    def put(self, issued: Issued) -> None:
+        """In force from the next tunnel on, unless it is for somebody else."""
+        held = self.held
+        if issued.chain_pem == held.chain_pem and issued.roots_pem == self.store.roots_pem:
+            held.error = None  # a subscription begins with what is there
+            return
+        try:
+            self.store._install(held, issued)
+        except MeshbpfError as error:
+            self.failed(error, None)
+
+    def failed(self, error: MeshbpfError, retry_s: float | None) -> None:
+        """What is there serves to its end."""
+        self.store._fail(self.held, error, retry_s)
+
+
+def _attempted(held: _Held) -> None:
+    held.attempted.set()
+    held.attempted = trio.Event()
 
 
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:

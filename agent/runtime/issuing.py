@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import trio
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from meshbpf.agent.core.errors import MeshbpfError
 from meshbpf.agent.core.identity import SpiffeId
 
 AT_ONCE = 8
@@ -29,8 +30,8 @@ class Issued:
     """By which peers are judged from now on."""
 
 
-class Issuer(Protocol):
-    """Who signs: the embedded CA, istiod, Kubernetes or SPIRE."""
+class Signer(Protocol):
+    """What all who sign have in common: the embedded CA, istiod, Kubernetes and SPIRE."""
 
     remote: bool
     """It takes a while: certificates are worth having before a pod needs them."""
@@ -45,8 +46,36 @@ class Issuer(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What is wrong with the signer while the one before serves on, for `status`."""
 
+
+class Issuer(Signer, Protocol):
+    """A signer that is asked, each time that a certificate is wanted."""
+
     async def issue(self, identity: SpiffeId, not_before: datetime, not_after: datetime) -> Issued:
         """A certificate and its key; the signer may grant less time. Raises MeshbpfError."""
+
+
+class Holder(Protocol):
+    """Who takes the certificates of one identity that a `PushingIssuer` brings."""
+
+    def put(self, issued: Issued) -> None:
+        """The newest; in force at once, unless it is the identity's no more."""
+
+    def failed(self, error: MeshbpfError, retry_s: float | None) -> None:
+        """None is to be had; what was there stays. Tried again after `retry_s` seconds.
+
+        None: with the signer's next push.
+        """
+
+
+@runtime_checkable
+class PushingIssuer(Signer, Protocol):
+    """A signer that renews by itself and brings what it has."""
+
+    async def follow(self, identity: SpiffeId, holder: Holder) -> None:
+        """Give `holder` all that comes for `identity`, until cancelled; never returns or raises."""
+
+
+AnyIssuer = Issuer | PushingIssuer
 
 
 class Priority(IntEnum):

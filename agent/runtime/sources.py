@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from meshbpf.agent import config_mesh
-from meshbpf.agent.config import Settings, control_plane_address, kube_signer
+from meshbpf.agent.config import Settings, control_plane_address, kube_signer, spire_socket
 from meshbpf.agent.runtime import kube_config
 from meshbpf.agent.runtime.certs import utc_now
 from meshbpf.agent.runtime.control_plane import ControlPlane
 from meshbpf.agent.runtime.embedded_issuer import EmbeddedIssuer
-from meshbpf.agent.runtime.issuing import Issuer
+from meshbpf.agent.runtime.issuing import AnyIssuer
 from meshbpf.agent.runtime.istiod_issuer import IstiodIssuer
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kubernetes_csr import KubernetesCsrIssuer
+from meshbpf.agent.runtime.spire_issuer import SpireIssuer
 from meshbpf.agent.runtime.xds_source import XdsSource
 from meshbpf.agent.waypoint_config import WaypointSettings
 from meshbpf.agent.wire import xds
@@ -37,7 +38,7 @@ def xds_source(settings: Settings, environ: Mapping[str, str]) -> XdsSource:
 
 def issuer(
     settings: CaSettings, environ: Mapping[str, str], *, impersonates: bool
-) -> tuple[Issuer, str]:
+) -> tuple[AnyIssuer, str]:
     """Who signs, and the trust domain that it signs for, where it says so.
 
     `impersonates`: istiod is asked on behalf of others, as by a node agent.
@@ -49,6 +50,9 @@ def issuer(
     if signer := kube_signer(settings.ca):
         api = KubeApi(kube_config.load(settings.kubeconfig, environ))
         return KubernetesCsrIssuer(api, signer, Path(settings.ca_root), utc_now), ""
+    if (socket := spire_socket(settings.ca)) is not None:
+        # Of its bundles SPIRE does not say which is its own: we say.
+        return SpireIssuer(socket, settings.trust_domain, utc_now), ""
     plane = _plane(
         settings, settings.ca, settings.ca_root, settings.ca_name, _headers(environ, _CA_HEADER)
     )

@@ -35,7 +35,7 @@ from meshbpf.agent.l7.balancer import Balancer
 from meshbpf.agent.l7.planner import Planner
 from meshbpf.agent.runtime import httpd, kube_config, logs, readiness, sources
 from meshbpf.agent.runtime.certs import CertificateStore
-from meshbpf.agent.runtime.issuing import Issuer
+from meshbpf.agent.runtime.issuing import AnyIssuer
 from meshbpf.agent.runtime.kube_api import KubeApi
 from meshbpf.agent.runtime.kubernetes import KubernetesSource
 from meshbpf.agent.runtime.logs import Log
@@ -126,7 +126,7 @@ def _open_pages(settings: WaypointSettings) -> workers.PageListeners:
 
 async def _main(
     settings: WaypointSettings,
-    issuer: Issuer,
+    issuer: AnyIssuer,
     source: MeshSource,
     state: MeshState | None,
     hbone: list[socket.socket],
